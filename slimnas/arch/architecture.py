@@ -1,0 +1,218 @@
+"""`Architecture`: what a network is, as frozen plain data.
+
+An architecture is canonical in memory (every `repeat` expanded, every default width filled in)
+and compact in YAML (equal neighbours folded into `repeat`). Equality, hash and digest are by
+structure: name and provenance do not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from slimnas.arch.documents import (
+    Spec,
+    check_schema,
+    dump_yaml,
+    load_document,
+    parse_document,
+    parse_spec,
+    save_document,
+)
+from slimnas.arch.efficientformer import MB3D, MB4D, Conv3x3, ConvStem, Count, LinearHead
+from slimnas.arch.shapes import FeatureShape
+
+SCHEMA = "slimnas/architecture/1"
+WHAT = "an architecture"
+
+StemSpec = ConvStem
+DownsampleSpec = Conv3x3
+BlockSpec = Annotated[MB4D | MB3D, Field(discriminator="type")]
+HeadSpec = LinearHead
+
+
+class InputSpec(Spec):
+    """The image a network takes; `resolution` is a side in pixels or `[height, width]`."""
+
+    channels: Count = 3
+    resolution: Count | tuple[Count, Count] = 224
+
+    @property
+    def shape(self) -> FeatureShape:
+        """The image's shape."""
+        side = self.resolution
+        height, width = (side, side) if isinstance(side, int) else side
+        return FeatureShape(self.channels, height, width)
+
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _known_form(cls, value: Any) -> Any:
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if not is_int and not (isinstance(value, (list, tuple)) and len(value) == 2):
+            raise ValueError(f"must be a side in pixels or [height, width]; got {value!r}")
+        return value
+
+    @field_validator("resolution")
+    @classmethod
+    def _square_as_side(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        return value[0] if isinstance(value, tuple) and value[0] == value[1] else value
+
+
+class StageSpec(Spec):
+    """One stage: an optional downsampling layer, then blocks of one width."""
+
+    width: Count
+    downsample: DownsampleSpec | None = None
+    blocks: Annotated[tuple[BlockSpec, ...], Field(min_length=1)]
+
+    @field_validator("blocks")
+    @classmethod
+    def _expand(
+        cls, blocks: tuple[MB4D | MB3D, ...], info: ValidationInfo
+    ) -> tuple[MB4D | MB3D, ...]:
+        width = info.data.get("width")
+        if width is None:
+            return blocks
+        return tuple(
+            block.model_copy(update={"repeat": 1, "ffn_dim": block.hidden(width)})
+            for block in blocks
+            for _ in range(block.repeat)
+        )
+
+
+class Architecture(Spec):
+    """A network as plain data; an illegal one cannot be constructed.
+
+    Raises:
+        pydantic.ValidationError: on construction with illegal values; `load`, `from_yaml` and
+            `from_dict` raise `SpecError` with file and key instead.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    input: InputSpec = InputSpec()
+    stem: StemSpec
+    stages: Annotated[tuple[StageSpec, ...], Field(min_length=1)]
+    head: HeadSpec
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _widths_connect(self) -> Architecture:
+        width = self.stem.width
+        for index, stage in enumerate(self.stages):
+            if stage.width != width and stage.downsample is None:
+                raise ValueError(
+                    f"stages[{index}].width: must be {width}, the width before it, or the stage "
+                    f"needs a downsample; got {stage.width}"
+                )
+            width = stage.width
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> Architecture:
+        """Read an architecture file.
+
+        Raises:
+            SpecError: one line per fault, with file and key.
+        """
+        data = load_document(Path(path), SCHEMA, WHAT)
+        return parse_spec(cls, data, source=str(path))
+
+    @classmethod
+    def from_yaml(cls, text: str, *, source: str = "<text>") -> Architecture:
+        """Parse YAML text; see `load`."""
+        return parse_spec(cls, parse_document(text, SCHEMA, WHAT, source=source), source=source)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, source: str = "<dict>") -> Architecture:
+        """Parse a mapping that has a `schema` key; see `load`."""
+        return parse_spec(cls, check_schema(data, SCHEMA, WHAT, source=source), source=source)
+
+    def save(self, path: str | Path) -> None:
+        """Write the compact YAML form atomically."""
+        save_document(Path(path), SCHEMA, self._body())
+
+    def to_yaml(self) -> str:
+        """Return the compact YAML form."""
+        return dump_yaml(SCHEMA, self._body())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the compact form as plain data, `schema` included."""
+        return {"schema": SCHEMA, **self._body()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical structure (hex); name and provenance do not count."""
+        structure = self.model_dump(mode="json", exclude={"name", "provenance"})
+        text = json.dumps(structure, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Width of each stage."""
+        return tuple(stage.width for stage in self.stages)
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Number of blocks of each stage."""
+        return tuple(len(stage.blocks) for stage in self.stages)
+
+    def count(self, block_type: str) -> int:
+        """Number of blocks of one type, such as `mb3d`."""
+        return sum(block.type == block_type for stage in self.stages for block in stage.blocks)
+
+    def with_resolution(self, resolution: int | tuple[int, int]) -> Architecture:
+        """The same network for another input size."""
+        given = InputSpec(channels=self.input.channels, resolution=resolution)
+        return self.model_copy(update={"input": given})
+
+    def with_head(
+        self, *, classes: int | None = None, distilled: bool | None = None
+    ) -> Architecture:
+        """The same network with another classifier."""
+        head = LinearHead(
+            classes=self.head.classes if classes is None else classes,
+            distilled=self.head.distilled if distilled is None else distilled,
+        )
+        return self.model_copy(update={"head": head})
+
+    def renamed(self, name: str, provenance: Mapping[str, Any] | None = None) -> Architecture:
+        """The same network under another name, with other provenance if given."""
+        kept = self.provenance if provenance is None else dict(provenance)
+        data = {**self.model_dump(), "name": name, "provenance": kept}
+        return Architecture.model_validate(data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Architecture) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def _body(self) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "name": self.name,
+            "input": self.input.model_dump(mode="json"),
+            "stem": self.stem.model_dump(mode="json"),
+            "stages": [_compact_stage(stage) for stage in self.stages],
+            "head": self.head.model_dump(mode="json"),
+        }
+        if self.provenance:
+            body["provenance"] = self.provenance
+        return body
+
+
+def _compact_stage(stage: StageSpec) -> dict[str, Any]:
+    compact: dict[str, Any] = {"width": stage.width}
+    if stage.downsample is not None:
+        compact["downsample"] = stage.downsample.model_dump(mode="json")
+    compact["blocks"] = []
+    for block, run in groupby(stage.blocks):
+        fields = block.model_dump(mode="json", exclude={"repeat"})
+        length = len(list(run))
+        compact["blocks"].append(fields | ({"repeat": length} if length > 1 else {}))
+    return compact
