@@ -38,6 +38,10 @@ class WeightsError(SlimnasError):
     """Raised when weights or a checkpoint are unreadable or do not fit the architecture."""
 
 
+class InputSizeError(SlimnasError):
+    """Raised when a network gets images of another shape than it was built for."""
+
+
 class RunFolderError(SlimnasError):
     """Raised when a run folder is in use, cannot be written, or belongs to another run."""
 
