@@ -307,6 +307,24 @@ class SearchSpace(Spec):
             )
         return selection
 
+    def smallest(self) -> tuple[Selection, ...]:
+        """The selections of least widths and depths, one for each number of MB3D blocks."""
+        found = []
+        for attention in self.attention_counts():
+            left = attention
+            paths: list[tuple[str, ...]] = []
+            for stage in reversed(self.stages):
+                tail = min(left, stage.min_depth)
+                left -= tail
+                idle = (IDENTITY,) * (stage.slots - stage.min_depth)
+                convolutions = (_first_block(stage),) * (stage.min_depth - tail)
+                paths.append(idle + convolutions + (ATTENTION,) * tail)
+            widths = tuple(stage.width.min for stage in self.stages)
+            selection = Selection(widths, tuple(reversed(paths)))
+            if left == 0 and self.fault(selection) is None:
+                found.append(selection)
+        return tuple(found)
+
     def attention_counts(self) -> tuple[int, ...]:
         """Every number of MB3D blocks the largest selection may end with."""
         counts = []
