@@ -107,12 +107,8 @@ class Trajectory:
             RunFolderError: the file is missing, damaged or of another schema.
         """
         text = read_text(path, RunFolderError, "a trajectory")
-        number = 0
         try:
-            lines = []
-            for number, line in enumerate(text.splitlines(), start=1):
-                lines.append(json.loads(line))
-            header, *rest = lines
+            header, *rest = [json.loads(line) for line in text.splitlines()]
             if header["schema"] != SCHEMA:
                 raise RunFolderError(
                     f"{path}: schema: must be {SCHEMA!r}, got {header['schema']!r}"
@@ -126,7 +122,7 @@ class Trajectory:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise RunFolderError(
-                f"{path}:{number}: not a trajectory line ({error}); "
+                f"{path}: not a trajectory ({error}); "
                 "delete the file to slim again from the trained supernet"
             ) from error
 

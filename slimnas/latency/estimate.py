@@ -1,0 +1,213 @@
+"""Adds up the prices of an architecture's components, with an interval and without torch."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from slimnas.arch.architecture import Architecture
+from slimnas.arch.space import SearchSpace
+from slimnas.arch.walk import Component, walk
+from slimnas.errors import MissingLatencyError
+from slimnas.latency.keys import OVERHEAD, PriceKey, price_key
+from slimnas.latency.prices import Price, PriceKind
+from slimnas.latency.spaces import space_components
+from slimnas.latency.table import LatencyTable
+
+DEFAULT_LEVEL = 0.9
+NAMED = 3
+"""Missing components named in an error line; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class PricedComponent:
+    """One line of an estimate.
+
+    Attributes:
+        component: module name, or `overhead`.
+        key: what it was looked up by.
+        latency_ms: its price.
+        spread_ms: standard error of the price.
+        kind: exact, interpolated or extrapolated.
+    """
+
+    component: str
+    key: PriceKey
+    latency_ms: float
+    spread_ms: float
+    kind: PriceKind
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Latency of one architecture by one table.
+
+    Attributes:
+        latency_ms: the total.
+        interval_ms: lower and upper end of its interval.
+        level: share of networks the interval is meant to hold; none when a component was
+            extrapolated, which no stated error covers.
+        rows: one per component in execution order, the overhead last.
+        exact: number of components read from a row.
+        interpolated: number read between rows.
+        extrapolated: number read beyond the rows.
+    """
+
+    latency_ms: float
+    interval_ms: tuple[float, float]
+    level: float | None
+    rows: tuple[PricedComponent, ...]
+    exact: int
+    interpolated: int
+    extrapolated: int
+
+
+def estimate(
+    architecture: Architecture, table: LatencyTable, *, allow_extrapolation: bool = False
+) -> Estimate:
+    """Price `architecture` by `table`.
+
+    Args:
+        architecture: the network.
+        table: prices of one device.
+        allow_extrapolation: also price components beyond the table's rows; they are counted.
+
+    Raises:
+        MissingLatencyError: a component the table cannot price, or only by extrapolation.
+    """
+    rows, missing = [], []
+    for component in walk(architecture):
+        key = price_key(component)
+        price = table.prices.find(key)
+        if price is None or (price.kind == "extrapolated" and not allow_extrapolation):
+            missing.append((component.name, key))
+        else:
+            rows.append(_row(component.name, key, price))
+    if missing:
+        raise MissingLatencyError(
+            _missing_line(missing, table, f"architecture {architecture.name}")
+        )
+    overhead = table.prices.find(OVERHEAD)
+    if overhead is not None:
+        rows.append(_row("overhead", OVERHEAD, overhead))
+    counts = Counter(row.kind for row in rows)
+    total_ms = sum(row.latency_ms for row in rows)
+    return Estimate(
+        latency_ms=total_ms,
+        interval_ms=_interval_ms(total_ms, rows, table),
+        level=None if counts["extrapolated"] else _level(table),
+        rows=tuple(rows),
+        exact=counts["exact"],
+        interpolated=counts["interpolated"],
+        extrapolated=counts["extrapolated"],
+    )
+
+
+def latency_ms(architecture: Architecture, table: LatencyTable) -> float:
+    """Return the total alone: what a search asks thousands of times.
+
+    Raises:
+        MissingLatencyError: a component the table cannot price without extrapolation.
+    """
+    total_ms = 0.0
+    for component in walk(architecture):
+        total_ms += component_latency_ms(component, table)
+    overhead = table.prices.find(OVERHEAD)
+    return total_ms + (overhead.latency_ms if overhead is not None else 0.0)
+
+
+def component_latency_ms(component: Component, table: LatencyTable) -> float:
+    """Return the price of one component.
+
+    Raises:
+        MissingLatencyError: the table cannot price it without extrapolation.
+    """
+    key = price_key(component)
+    price = table.prices.find(key)
+    if price is None or price.kind == "extrapolated":
+        raise MissingLatencyError(_missing_line([(component.name, key)], table, component.name))
+    return price.latency_ms
+
+
+def missing_components(
+    wanted: SearchSpace | Iterable[Component], table: LatencyTable
+) -> tuple[PriceKey, ...]:
+    """Return the keys of components that `table` cannot price without extrapolation.
+
+    Args:
+        wanted: a whole search space, or components.
+        table: prices of one device.
+    """
+    components = space_components(wanted) if isinstance(wanted, SearchSpace) else wanted
+    keys = dict.fromkeys(price_key(component) for component in components)
+    return tuple(key for key in keys if _unpriced(table.prices.find(key)))
+
+
+def require_prices(space: SearchSpace, table: LatencyTable) -> None:
+    """Refuse a space with a component that `table` cannot price; call it before a long run.
+
+    Raises:
+        MissingLatencyError: names the missing components and the command that measures them.
+    """
+    missing = missing_components(space, table)
+    if missing:
+        unnamed = [("", key) for key in missing]
+        raise MissingLatencyError(_missing_line(unnamed, table, f"search space {space.name}"))
+
+
+def _unpriced(price: Price | None) -> bool:
+    return price is None or price.kind == "extrapolated"
+
+
+def _row(name: str, key: PriceKey, price: Price) -> PricedComponent:
+    return PricedComponent(name, key, price.latency_ms, price.error_ms, price.kind)
+
+
+def _level(table: LatencyTable) -> float:
+    interval = table.device.interval
+    return DEFAULT_LEVEL if interval is None else interval.level
+
+
+def _interval_ms(
+    total_ms: float, rows: list[PricedComponent], table: LatencyTable
+) -> tuple[float, float]:
+    """Stated whole-network error, and for timed rows the error of the timings in quadrature.
+
+    An estimated table's stated interval comes from leave-one-out residuals, which hold the
+    uncertainty of its rows already.
+    """
+    stated = table.device.interval
+    low_ms = total_ms * (stated.low_percent if stated else 0.0) / 100
+    high_ms = total_ms * (stated.high_percent if stated else 0.0) / 100
+    timing_ms = 0.0
+    if table.device.kind != "estimated":
+        per_key: defaultdict[PriceKey, float] = defaultdict(float)
+        for row in rows:
+            per_key[row.key] += row.spread_ms  # one row used twice is wrong twice the same way
+        deviations = NormalDist().inv_cdf(0.5 + _level(table) / 2)
+        timing_ms = deviations * sum(error**2 for error in per_key.values()) ** 0.5
+    return (
+        max(0.0, total_ms - float(low_ms**2 + timing_ms**2) ** 0.5),
+        total_ms + float(high_ms**2 + timing_ms**2) ** 0.5,
+    )
+
+
+def _missing_line(missing: list[tuple[str, PriceKey]], table: LatencyTable, what: str) -> str:
+    named = []
+    for name, key in missing[:NAMED]:
+        nearest = table.prices.nearest(key)
+        closest = f"nearest row: {nearest.key}" if nearest else "no row of that type"
+        named.append(f"{name + ': ' if name else ''}{key} ({closest})")
+    more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    device = table.device.name
+    remedy = f"measure them with 'slimnas latency build --device {device}'"
+    if table.device.kind == "estimated":
+        remedy = (
+            "stay within the shipped search spaces, or measure a device of your own with "
+            "'slimnas latency build --device NAME'"
+        )
+    return (
+        f"{what}: the latency table {device!r} has no price for {'; '.join(named)}{more}; {remedy}"
+    )

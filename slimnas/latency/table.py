@@ -1,0 +1,192 @@
+"""`LatencyTable`: what each component costs on one device, and where the numbers come from.
+
+A table is a folder with two files. `device.yaml` says which device, runtime and protocol, whether
+the prices were measured or estimated, and how far off they are. `table.csv` has one row per
+priced component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from slimnas._files import atomic_write_text, read_text
+from slimnas.arch.documents import Spec, load_document, parse_spec, save_document
+from slimnas.errors import LatencyTableError, SpecError
+from slimnas.latency.keys import PriceKey
+from slimnas.latency.prices import PriceBook
+from slimnas.latency.rows import PriceRow, parse_rows, rows_to_csv
+
+SCHEMA = "slimnas/latency-table/1"
+WHAT = "a latency table's device.yaml"
+DEVICE_FILE = "device.yaml"
+TABLE_FILE = "table.csv"
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Percent = Annotated[float, Field(ge=0)]
+
+
+class RuntimeInfo(Spec):
+    """The inference runtime the prices hold for; `version` is `unknown` where nobody says."""
+
+    name: str
+    version: str
+
+
+class ErrorFigure(Spec):
+    """How far estimates were from whole-network latencies the table had not seen.
+
+    Attributes:
+        what: which networks, and how they were held out.
+        networks: how many.
+        mape_percent: mean absolute relative error.
+        bias_percent: mean signed relative error, estimate over truth minus one.
+        max_percent: largest absolute relative error.
+        spearman: rank correlation, where it was computed.
+    """
+
+    what: str
+    networks: Annotated[int, Field(ge=1)]
+    mape_percent: Percent
+    bias_percent: float
+    max_percent: Percent
+    spearman: Annotated[float, Field(ge=-1, le=1)] | None = None
+
+
+class IntervalInfo(Spec):
+    """Relative interval around an estimated total.
+
+    Attributes:
+        level: share of networks whose true latency the interval is meant to hold.
+        low_percent: how far below the estimate it reaches.
+        high_percent: how far above.
+        basis: what it was computed from.
+    """
+
+    level: Share
+    low_percent: Annotated[float, Field(ge=0, lt=100)]
+    high_percent: Percent
+    basis: str
+
+
+class DeviceInfo(Spec):
+    """Which device a table is about, and how far it can be trusted.
+
+    Attributes:
+        name: the name given to `--device`; the folder's name.
+        device: the device in words.
+        threads: CPU threads, or none where the runtime decides.
+        protocol: how a latency was taken.
+        kind: measured here, estimated from a model, or imported from another tool.
+        errors: error figures on held-out networks, the most relevant first.
+        interval: the relative interval of a total.
+        model: coefficients of the device model of an estimated table, by feature.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    device: str
+    soc: str
+    os: str
+    runtime: RuntimeInfo
+    compute_unit: str
+    dtype: str
+    batch: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1)] | None = None
+    protocol: str
+    date: str
+    tool_version: str
+    kind: Literal["measured", "estimated", "imported"]
+    errors: tuple[ErrorFigure, ...] = ()
+    interval: IntervalInfo | None = None
+    model: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _estimates_state_their_error(self) -> DeviceInfo:
+        if self.kind == "estimated" and not (self.errors and self.interval):
+            raise ValueError("kind: an estimated table must state errors and interval")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyTable:
+    """Prices of components on one device. Immutable: lookups may be cached on it.
+
+    Attributes:
+        device: the device and the table's provenance.
+        rows: the prices, one per key.
+        source: the folder it was read from, empty for a table made in memory.
+
+    Raises:
+        LatencyTableError: no rows, or two rows with one key.
+    """
+
+    device: DeviceInfo
+    rows: tuple[PriceRow, ...]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise LatencyTableError(f"{self.device.name}: a latency table needs at least one row")
+        seen = set()
+        for row in self.rows:
+            if row.key in seen:
+                raise LatencyTableError(f"{self.device.name}: two rows for {row.key}; keep one")
+            seen.add(row.key)
+
+    @cached_property
+    def by_key(self) -> Mapping[PriceKey, PriceRow]:
+        """Every row by its key."""
+        return {row.key: row for row in self.rows}
+
+    @cached_property
+    def prices(self) -> PriceBook:
+        """Prices of components, between the rows too; what was asked once is remembered."""
+        return PriceBook(self.by_key)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LatencyTable:
+        """Read a table's folder.
+
+        Raises:
+            LatencyTableError: a file is missing, damaged or truncated, or a row is not
+                positive and finite; one line with file and line or key.
+        """
+        folder = Path(folder)
+        device, count = _load_device(folder / DEVICE_FILE)
+        path = folder / TABLE_FILE
+        rows = parse_rows(read_text(path, LatencyTableError, "a latency table's rows"), str(path))
+        if len(rows) != count:
+            raise LatencyTableError(
+                f"{path}: must have the {count} rows {DEVICE_FILE} states, has {len(rows)}; "
+                "the file is truncated or belongs to another table"
+            )
+        return cls(device, rows, str(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Write both files, each atomically, `device.yaml` last.
+
+        Raises:
+            RunFolderError: the place cannot be written.
+        """
+        folder = Path(folder)
+        atomic_write_text(folder / TABLE_FILE, rows_to_csv(self.rows))
+        body = self.device.model_dump(mode="json", exclude_none=True)
+        save_document(folder / DEVICE_FILE, SCHEMA, {**body, "rows": len(self.rows)})
+
+
+def _load_device(path: Path) -> tuple[DeviceInfo, int]:
+    try:
+        data = load_document(path, SCHEMA, WHAT)
+        count = data.pop("rows", None)
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise SpecError(f"{path}: rows: must be the number of rows of {TABLE_FILE}")
+        return parse_spec(DeviceInfo, data, source=str(path)), count
+    except SpecError as error:
+        raise LatencyTableError(str(error)) from error
