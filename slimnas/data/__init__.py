@@ -1,0 +1,45 @@
+"""Images to train, search and test on.
+
+`open_data` is the door; `load_source` (what `--data` names) does not import torch, so names
+are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimnas.data.batches import ImageSet, Split
+    from slimnas.data.sources import Source, load_source
+    from slimnas.data.splits import DataOptions, DataSplits, SearchData, open_data, split_source
+
+_HOME = {
+    "DataOptions": "splits",
+    "DataSplits": "splits",
+    "ImageSet": "batches",
+    "SearchData": "splits",
+    "Source": "sources",
+    "Split": "batches",
+    "load_source": "sources",
+    "open_data": "splits",
+    "split_source": "splits",
+}
+
+__all__ = [
+    "DataOptions",
+    "DataSplits",
+    "ImageSet",
+    "SearchData",
+    "Source",
+    "Split",
+    "load_source",
+    "open_data",
+    "split_source",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,273 @@
+"""Labelled images from folders, parquet, webdataset tars and the hub, through `datasets`.
+
+Local data is read by the builders of `datasets` themselves: `load_dataset` would first send a
+request to count downloads.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from slimnas.data.sources import Source
+from slimnas.data.tables import build_source, cache_folder, first_line, quiet, reading
+from slimnas.errors import DataError, suggest
+
+_SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "val", "valid", "dev", "eval"),
+}
+_SPLIT_OF = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
+_SPLIT_IN_FILE_NAME = re.compile(
+    rf"(?<![a-z])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
+)
+_IMAGE_SUFFIXES = {
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def load_files(spec: str, cache_dir: Path | None) -> Source:
+    """Find the images that `spec`, anything but `digits`, names; see `load_source`.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or it lacks images or labels.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _load_folder(spec, path, cache_dir)
+    if path.is_file():
+        return _load_listed(spec, [path], cache_dir, one_split=True)
+    if glob.has_magic(spec):
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns too)
+        if not found:
+            raise DataError(f"--data {spec}: no file matches; check the pattern")
+        return _load_listed(spec, found, cache_dir)
+    if _HUB_ID.fullmatch(spec) and not path.parent.exists():
+        return _load_hub(spec, cache_dir)
+    raise _missing(spec, path)
+
+
+def _missing(spec: str, path: Path) -> DataError:
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent, path = parent.parent, parent
+    siblings = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
+    hint = suggest(path.name, [*siblings, "digits"])
+    return DataError(
+        f"--data {spec}: no such file or folder; {path.name!r} is not in {parent}{hint}; give "
+        "digits, an image folder, parquet files, webdataset tars or a hub id user/name"
+    )
+
+
+def _load_folder(spec: str, folder: Path, cache_dir: Path | None) -> Source:
+    for pattern in ("*.parquet", "data/*.parquet", "*.tar"):
+        found = sorted(folder.glob(pattern))
+        if found:
+            return _load_listed(spec, found, cache_dir)
+    return _load_image_folder(spec, folder)
+
+
+def _load_listed(
+    spec: str, files: list[Path], cache_dir: Path | None, *, one_split: bool = False
+) -> Source:
+    suffixes = {file.suffix.lower() for file in files}
+    if suffixes == {".parquet"}:
+        kind, read = "parquet", _read_parquet
+    elif suffixes == {".tar"}:
+        kind, read = "webdataset", _read_tars
+    else:
+        raise DataError(
+            f"--data {spec}: the files must all be .parquet or all .tar, these end in "
+            f"{', '.join(sorted(suffixes)) or 'nothing'}; for loose images give the folder that "
+            "holds one sub-folder per class"
+        )
+    groups = {"train": files} if one_split else _by_split(spec, files)
+    folder = cache_folder(cache_dir)
+    parts = {split: read(group, folder.path) for split, group in groups.items()}
+    names = _names_in_schema(groups["train"][0]) if kind == "parquet" else {}
+    return build_source(spec, kind, parts, folder, names)
+
+
+def _by_split(spec: str, files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Sort files by the split their names tell; one kind of name, or none, is all train."""
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        told = _SPLIT_IN_FILE_NAME.search(file.stem)
+        groups.setdefault(_SPLIT_OF[told[1].lower()] if told else "", []).append(file)
+    if len(groups) == 1:
+        return {"train": next(iter(groups.values()))}
+    if "" in groups:
+        raise DataError(
+            f"--data {spec}: {groups[''][0].name} does not say which split it belongs to, other "
+            "files do; name it train, test or validation, or give a glob that leaves it out"
+        )
+    if "train" not in groups:
+        raise DataError(
+            f"--data {spec}: has {' and '.join(sorted(groups))} files and no train file; "
+            "name the files to train on, or a glob for them"
+        )
+    return groups
+
+
+def _read_parquet(files: list[Path], cache: Path) -> Any:
+    import pyarrow.parquet
+    from datasets import Dataset, Features
+
+    for file in files:
+        _check_parquet(file)
+    with quiet(), reading(f"{files[0]}" if len(files) == 1 else f"{files[0]} and others"):
+        # `datasets` refuses class names that repeat, as ImageNet's do: keep them out of its sight.
+        schema = pyarrow.parquet.read_schema(files[0]).remove_metadata()
+        features = Features.from_arrow_schema(schema)
+        return Dataset.from_parquet(_literal(files), features=features, cache_dir=str(cache))
+
+
+def _names_in_schema(file: Path) -> dict[str, tuple[str, ...]]:
+    """Return the class names that `datasets` wrote into a parquet file, by column."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_schema(file).metadata or {}
+    try:
+        columns = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return {
+            column: tuple(map(str, feature["names"]))
+            for column, feature in columns.items()
+            if feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}  # names are a courtesy; without them classes are called by number
+
+
+def _check_parquet(file: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows = pyarrow.parquet.read_metadata(file).num_rows
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{file}: not a whole parquet file ({first_line(error)}); download or write it again"
+        ) from error
+    if rows == 0:
+        raise DataError(f"{file}: holds no images; a split needs some")
+
+
+def _read_tars(files: list[Path], cache: Path) -> Any:
+    from datasets import Features, Image, Value
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    # Named here, so that keys may mix formats; `datasets` would take those of the first keys.
+    images = {suffix: Image(decode=False) for suffix in ("jpg", "jpeg", "png", "webp")}
+    others = {"cls": Value("int64"), "__key__": Value("string"), "__url__": Value("string")}
+    with quiet(), reading(f"{files[0]}" if len(files) == 1 else f"{files[0]} and others"):
+        builder = WebDataset(
+            cache_dir=str(cache),
+            data_files={"train": _literal(files)},
+            features=Features({**images, **others}),
+        )
+        builder.download_and_prepare()
+        return builder.as_dataset(split="train")
+
+
+def _literal(files: Iterable[Path]) -> list[str]:
+    return [glob.escape(str(file.resolve())) for file in files]
+
+
+def _load_image_folder(spec: str, folder: Path) -> Source:
+    """Read `class/**/image` or `split/class/**/image`.
+
+    Listed here: the builder of `datasets` takes `test` in any file or folder name for a split
+    and then leaves out all files that lack such a word.
+    """
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    splits = {sub: _SPLIT_OF.get(sub.name.lower()) for sub in _sub_folders(folder)}
+    split_folders = {split: sub for sub, split in splits.items() if split}
+    has_splits = "train" in split_folders and all(splits.values())
+    if has_splits and not _sub_folders(split_folders["train"]):
+        raise DataError(f"--data {spec}: {split_folders['train']} must hold a sub-folder per class")
+    layout = split_folders if has_splits else {"train": folder}
+    listed = {split: _list_classes(spec, sub) for split, sub in layout.items()}
+    names = sorted(listed["train"])
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
+    parts = {}
+    for split, classes in listed.items():
+        for name in sorted(set(classes) - set(names)):
+            raise DataError(
+                f"--data {spec}: class {name!r} of {layout[split]} is not among those of "
+                f"{layout['train']}{suggest(name, names)}; both must hold the same sub-folders"
+            )
+        rows = [(str(file), label) for label, n in enumerate(names) for file in classes.get(n, [])]
+        columns = {"image": [file for file, _ in rows], "label": [label for _, label in rows]}
+        parts[split] = Dataset.from_dict(columns, features=features)
+    return build_source(spec, "folder", parts, None, {})
+
+
+def _list_classes(spec: str, folder: Path) -> dict[str, list[Path]]:
+    """Return the image files below each sub-folder, sorted."""
+    classes = {sub.name: _images_below(sub) for sub in _sub_folders(folder)}
+    if not any(classes.values()):
+        loose = any(file.suffix.lower() in _IMAGE_SUFFIXES for file in folder.iterdir())
+        found = "its images lie loose" if loose else "no images in it"
+        raise DataError(
+            f"--data {spec}: {folder} must hold one sub-folder of images per class; {found}"
+        )
+    for name, files in classes.items():
+        if not files:
+            raise DataError(
+                f"--data {spec}: the sub-folder {folder / name} holds no images; every sub-folder "
+                "is a class; remove it or fill it"
+            )
+    return classes
+
+
+def _sub_folders(folder: Path) -> list[Path]:
+    return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not sub.name.startswith("."))
+
+
+def _images_below(folder: Path) -> list[Path]:
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [
+            Path(parent, name)
+            for name in names
+            if Path(name).suffix.lower() in _IMAGE_SUFFIXES and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def _load_hub(spec: str, cache_dir: Path | None) -> Source:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    folder = cache_folder(cache_dir)
+    # The HTTP library below the hub client differs by version; its base error is a base of this.
+    network_errors = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    try:
+        with quiet():
+            if not constants.HF_HUB_OFFLINE:
+                # One request that fails at once; load_dataset would try for half a minute.
+                HfApi().dataset_info(spec, timeout=10)
+            loaded = load_dataset(spec, cache_dir=str(folder.path))
+    except (OSError, ValueError, DatasetsError, *network_errors) as error:
+        raise DataError(
+            f"--data {spec}: no such path here, and the hub gave no data set of that name "
+            f"({first_line(error)}); check the name and the network, or give a local path"
+        ) from error
+    parts = {_SPLIT_OF.get(str(split).lower(), str(split)): part for split, part in loaded.items()}
+    if len(parts) == 1:
+        parts = {"train": next(iter(parts.values()))}
+    if "train" not in parts:
+        raise DataError(f"--data {spec}: has no train split; it has {', '.join(sorted(parts))}")
+    return build_source(spec, "hub", parts, folder, {})
