@@ -1,0 +1,203 @@
+"""The supernet: every slot of a search space holds all its choices and learns which to take.
+
+EfficientFormer (NeurIPS 2022), section 4.2. The module holds weights and architecture
+parameters only; which paths run is an argument of `forward`, and no question changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from slimnas.arch.efficientformer import LinearHead
+from slimnas.arch.shapes import FeatureShape
+from slimnas.arch.space import IDENTITY, SearchSpace, Selection
+from slimnas.arch.walk import Component, walk
+from slimnas.nn.build import make_module
+from slimnas.nn.layout import as_layout, run_module
+from slimnas.nn.seeding import seeded
+from slimnas.supernet.gumbel import Mixing, Noise, Route, draw_route, mix, straight_through
+
+
+class MetaPath(nn.Module):
+    """One slot: its candidate blocks side by side, and one architecture parameter each.
+
+    Args:
+        blocks: the candidates but identity, by name.
+        choices: every candidate's name, identity included, in the order of `alpha`.
+        shape: shape of the map that goes in and comes out.
+    """
+
+    blocks: nn.ModuleDict
+    alpha: nn.Parameter
+
+    def __init__(
+        self, blocks: dict[str, nn.Module], choices: Sequence[str], shape: FeatureShape
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict(blocks)
+        self.choices = tuple(choices)
+        self.shape = shape
+        self.alpha = nn.Parameter(torch.zeros(len(self.choices)))
+
+    def forward(self, x: Tensor, route: Route) -> Tensor:
+        """Run the routed choice, or the mixture of all, on a map or tokens of `shape`."""
+        if route.index is None:
+            assert route.weights is not None
+            outputs = [
+                as_layout(self._run(choice, x), "map", self.shape) for choice in self.choices
+            ]
+            return mix(outputs, route.weights)
+        x = self._run(self.choices[route.index], x)
+        return x if route.weights is None else straight_through(x, route.weights[route.index])
+
+    def _run(self, choice: str, x: Tensor) -> Tensor:
+        return x if choice == IDENTITY else run_module(self.blocks[choice], x, self.shape)
+
+
+class SuperStage(nn.Module):
+    """An optional downsampling layer and the stage's MetaPaths, at full width."""
+
+    downsample: nn.Module | None
+    slots: nn.ModuleList
+
+    def __init__(
+        self, downsample: nn.Module | None, slots: Sequence[MetaPath], shape_in: FeatureShape
+    ) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.slots = nn.ModuleList(slots)
+        self.shape_in = shape_in
+
+
+class Supernet(nn.Module):
+    """All networks of a space in one module, each stage at its largest width.
+
+    Args:
+        space: the search space; its head gives the number of classes.
+        resolution: side of the square training images in pixels, the proxy for deployment.
+        seed: of the initial weights.
+        layer_scale: initial value of every layer scale. EfficientFormer starts at 1e-5 and
+            trains for hundreds of epochs; a supernet trains for few.
+    """
+
+    stem: nn.Module
+    stages: nn.ModuleList
+    head: nn.Module
+
+    def __init__(
+        self, space: SearchSpace, *, resolution: int, seed: int, layer_scale: float = 0.1
+    ) -> None:
+        super().__init__()
+        self.space = space
+        self.resolution = resolution
+        parts = {part.name: part for part in _full_width_parts(space, resolution)}
+        with seeded(seed):
+            self.stem = make_module(parts["stem"])
+            self.stages = nn.ModuleList(
+                _make_stage(space, index, parts) for index in range(len(space.stages))
+            )
+            self.head = make_module(parts["head"])
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith(".gamma"):
+                    parameter.fill_(layer_scale)
+
+    def forward(self, images: Tensor, routes: Sequence[Route]) -> Tensor:
+        """Map images (B, c, R, R) to logits (B, K) along `routes`, one per MetaPath in order."""
+        x = self.stem(images)
+        remaining = iter(routes)
+        for stage in self.super_stages():
+            if stage.downsample is not None:
+                x = run_module(stage.downsample, x, stage.shape_in)
+            for slot in stage.slots:
+                x = slot(x, next(remaining))
+        logits = self.head(x)
+        if isinstance(logits, tuple):  # a distilled head in training; both learn from the labels
+            return cast("Tensor", (logits[0] + logits[1]) / 2)
+        return cast("Tensor", logits)
+
+    def draw_routes(
+        self, tau: float, *, mixing: Mixing, noise: Noise, generator: torch.Generator
+    ) -> list[Route]:
+        """One random route per MetaPath, see `slimnas.supernet.gumbel.draw_route`."""
+        return [
+            draw_route(path.alpha, tau, mixing=mixing, noise=noise, generator=generator)
+            for path in self.meta_paths()
+        ]
+
+    def fixed_routes(self, selection: Selection) -> list[Route]:
+        """The routes along which the supernet is the full-width network of `selection`.
+
+        Only the selection's paths count; widths are the business of `extract`.
+        """
+        chosen = [choice for slots in selection.paths for choice in slots]
+        return [
+            Route(path.choices.index(choice), None)
+            for path, choice in zip(self.meta_paths(), chosen, strict=True)
+        ]
+
+    def likeliest_routes(self) -> list[Route]:
+        """Each MetaPath's most probable choice."""
+        return [Route(int(path.alpha.argmax()), None) for path in self.meta_paths()]
+
+    def meta_paths(self) -> Iterator[MetaPath]:
+        """Every MetaPath in execution order."""
+        for stage in self.super_stages():
+            yield from cast("Sequence[MetaPath]", stage.slots)
+
+    def super_stages(self) -> Iterator[SuperStage]:
+        """Every stage in order."""
+        yield from cast("Sequence[SuperStage]", self.stages)
+
+    def alphas(self) -> tuple[tuple[dict[str, float], ...], ...]:
+        """Per stage and slot, the architecture parameter of each choice."""
+        return tuple(
+            tuple(
+                dict(zip(path.choices, path.alpha.tolist(), strict=True))
+                for path in cast("Sequence[MetaPath]", stage.slots)
+            )
+            for stage in self.super_stages()
+        )
+
+
+def _full_width_parts(space: SearchSpace, resolution: int) -> Iterator[Component]:
+    """Stem, downsamples, head and one block per slot of the widest network."""
+    largest = space.architecture(space.largest(space.attention_counts()[0]))
+    yield from walk(largest.with_resolution(resolution))
+
+
+def _make_stage(space: SearchSpace, index: int, parts: dict[str, Component]) -> SuperStage:
+    stage = space.stages[index]
+    slots = []
+    for slot in range(stage.slots):
+        shape = parts[f"stages.{index}.blocks.{slot}"].input
+        blocks = {
+            choice: make_module(
+                Component(
+                    f"stages.{index}.slots.{slot}.blocks.{choice}",
+                    "block",
+                    index,
+                    space.blocks.block(choice, stage.width.max),
+                    shape,
+                    shape,
+                )
+            )
+            for choice in stage.blocks
+        }
+        slots.append(MetaPath(blocks, stage.choices, shape))
+    downsample = parts.get(f"stages.{index}.downsample")
+    return SuperStage(
+        make_module(downsample) if downsample is not None else None,
+        slots,
+        downsample.input if downsample is not None else slots[0].shape,
+    )
+
+
+def head_classes(supernet: Supernet) -> int:
+    """Number of classes the supernet was trained for."""
+    head: LinearHead = supernet.space.head
+    return head.classes
