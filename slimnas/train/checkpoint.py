@@ -1,0 +1,106 @@
+"""The whole state of a training run in one safetensors file.
+
+One file, replaced atomically, so that weights, averaged weights, optimiser state and position
+always belong together, however a run was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimnas.errors import WeightsError
+from slimnas.nn.tensorfiles import load_tensors, save_tensors
+
+SCHEMA = "slimnas/training-state/1"
+WHAT = "the state of a training run"
+
+
+@dataclass
+class TrainState:
+    """What changes while training; everything else follows from recipe, data and seed.
+
+    Attributes:
+        model: the module being trained.
+        ema: a module of the same shape with the averaged weights.
+        optimizer: its parameter groups hold the model's parameters.
+        step: optimiser steps done.
+    """
+
+    model: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+
+def save_state(path: Path, state: TrainState, identity: str) -> None:
+    """Write `state` atomically.
+
+    Args:
+        path: the file.
+        state: the run's state.
+        identity: digest of everything that must be equal for another run to go on from it.
+
+    Raises:
+        RunFolderError: the place cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for prefix, module in (("model", state.model), ("ema", state.ema)):
+        tensors.update({f"{prefix}.{name}": value for name, value in module.state_dict().items()})
+    for index, values in state.optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{index}.{name}": value for name, value in values.items()})
+    metadata = {"schema": SCHEMA, "identity": identity, "step": json.dumps(state.step)}
+    save_tensors(path, tensors, metadata)
+
+
+def load_state(path: Path, state: TrainState, identity: str) -> None:
+    """Put a saved state into `state`.
+
+    Raises:
+        WeightsError: the file is damaged, or belongs to a run with other settings or data.
+    """
+    tensors, metadata = load_tensors(path, WHAT)
+    if metadata.get("schema") != SCHEMA:
+        raise WeightsError(
+            f"{path}: schema: must be {SCHEMA!r}, got {metadata.get('schema')!r}; expected {WHAT}"
+        )
+    if metadata.get("identity") != identity:
+        raise WeightsError(
+            f"{path}: belongs to a run with other settings, data or seed; "
+            "give the same ones, or another --output"
+        )
+    groups = _by_prefix(tensors)
+    try:
+        state.model.load_state_dict(groups.get("model", {}))
+        state.ema.load_state_dict(groups.get("ema", {}))
+        state.optimizer.load_state_dict(
+            {
+                "state": _optimizer_state(groups.get("optimizer", {})),
+                "param_groups": state.optimizer.state_dict()["param_groups"],
+            }
+        )
+        state.step = int(json.loads(metadata["step"]))
+    except (RuntimeError, ValueError, KeyError) as error:
+        first = str(error).splitlines()[0]
+        raise WeightsError(f"{path}: does not fit this run ({first}); delete it") from error
+
+
+def _by_prefix(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        prefix, _, rest = name.partition(".")
+        groups.setdefault(prefix, {})[rest] = tensor
+    return groups
+
+
+def _optimizer_state(tensors: dict[str, Tensor]) -> dict[int, dict[str, Any]]:
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state.setdefault(int(index), {})[key] = tensor
+    return state
