@@ -16,11 +16,7 @@ from PIL import Image, ImageOps
 from slimnas.data.sources import ImageTable, RawImage
 
 _BAD_IMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
+    *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error),
     Image.DecompressionBombError,
 )
 _ROWS_READ_AT_ONCE = 1024
@@ -40,8 +36,8 @@ def decode(raw: RawImage, resolution: tuple[int, int], channels: int) -> NDArray
         channels: 1 or 3.
 
     Raises:
-        OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError: what
-            Pillow raises for an image it cannot decode (`decode_rows` catches these).
+        OSError, ValueError, ...: what Pillow raises for an image it cannot decode;
+            `decode_rows` gives the reason instead.
     """
     height, width = resolution
     with _open(raw) as opened:
