@@ -1,0 +1,40 @@
+"""The model card of a zoo entry."""
+
+from __future__ import annotations
+
+from slimnas.arch.architecture import Architecture
+from slimnas.arch.cost import cost
+from slimnas.zoo.metrics import Metrics
+
+
+def model_card(architecture: Architecture, metrics: Metrics) -> str:
+    """Return the README.md of a model: what it is, its numbers and where they come from."""
+    counted = cost(architecture)
+    image = architecture.input.shape
+    lines = [
+        f"# {architecture.name}",
+        "",
+        f"- input: {image.channels} x {image.height} x {image.width}",
+        f"- classes: {architecture.head.classes}",
+        f"- stage widths: {', '.join(map(str, architecture.widths))}",
+        f"- stage depths: {', '.join(map(str, architecture.depths))}, "
+        f"{architecture.count('mb3d')} of them attention blocks",
+        f"- parameters: {counted.params:,}",
+        f"- multiply-adds for one image: {counted.macs:,}",
+        f"- source: {architecture.provenance.get('source', 'not recorded')}",
+        "",
+        "| number | value | where it comes from |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {metric.value:g} | {metric.provenance.replace('|', '/')} |"
+            for name, metric in metrics.items()
+        ),
+        "",
+        "```python",
+        "from slimnas.zoo.create import create_model",
+        "",
+        f'network = create_model("{architecture.name}", pretrained=True)',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""`create_model`: a network by name or path, with or without trained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slimnas.arch.architecture import Architecture
+from slimnas.errors import WeightsError
+from slimnas.nn.build import Network, build
+from slimnas.nn.resolution import adapt_state_dict
+from slimnas.zoo.entry import Entry
+from slimnas.zoo.hub import download
+from slimnas.zoo.registry import get
+from slimnas.zoo.weights import load_weights
+
+CLASSIFIERS = ("head.head.", "head.head_dist.")
+
+
+def create_model(
+    name_or_path: str | Path,
+    *,
+    pretrained: bool | str | Path = False,
+    classes: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
+    zoo: str | Path | None = None,
+    seed: int = 0,
+) -> Network:
+    """Build a network from the zoo, an architecture file or a run folder.
+
+    Args:
+        name_or_path: what `slimnas.zoo.registry.get` finds.
+        pretrained: True takes the entry's weights (for published models they are downloaded
+            from the Hugging Face hub), a path those of a file in slimnas's, timm's or the
+            official code's format, False none.
+        classes: number of classes if another one is wanted; classifiers start afresh then.
+        resolution: input side in pixels, or (height, width), if another one is wanted;
+            attention biases are interpolated then.
+        zoo: the user's zoo; see `slimnas.zoo.registry.zoo_folder`.
+        seed: seed of everything that is not loaded.
+
+    Raises:
+        ZooError: nothing of that name.
+        WeightsError: no weights, or not those of this architecture.
+    """
+    entry = get(name_or_path, zoo=zoo)
+    source = entry.architecture
+    target = source if resolution is None else source.with_resolution(resolution)
+    if classes is not None:
+        target = target.with_head(classes=classes)
+    network = build(target, seed=seed)
+    if pretrained is False:
+        return network
+    path = find_weights(entry) if pretrained is True else Path(pretrained)
+    state = load_weights(path, source)
+    state = adapt_state_dict(
+        state, source=source, target=source.with_resolution(target.input.resolution)
+    )
+    if target.head.classes != source.head.classes:
+        fresh = network.state_dict()
+        state |= {name: fresh[name] for name in state if name.startswith(CLASSIFIERS)}
+    network.load_state_dict(state)
+    return network
+
+
+def find_weights(entry: Entry) -> Path:
+    """The weights file of `entry`; those of a published model are downloaded and cached.
+
+    Raises:
+        WeightsError: it has none, or the download failed.
+    """
+    if entry.weights is not None:
+        return entry.weights
+    published = _published(entry.architecture) if entry.source == "built-in" else None
+    if published is None:
+        raise WeightsError(
+            f"{entry.name}: no weights beside the architecture; give a weights file, or take it "
+            "untrained"
+        )
+    return download(*published)
+
+
+def _published(architecture: Architecture) -> tuple[str, str] | None:
+    weights = architecture.provenance.get("weights")
+    return (weights["repository"], weights["file"]) if weights else None

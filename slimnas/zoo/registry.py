@@ -1,0 +1,103 @@
+"""Models by name: those built in, and those of the user's zoo."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimnas.arch.architecture import Architecture
+from slimnas.errors import SlimnasError, ZooError, suggest
+from slimnas.zoo.entry import ARCHITECTURE, WEIGHTS, Entry, load_entry
+from slimnas.zoo.metrics import parse_metrics
+
+MODELS = Path(__file__).resolve().parent / "models"
+ZOO_VARIABLE = "SLIMNAS_ZOO"
+DEFAULT_ZOO = "model_zoo"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a zoo holds.
+
+    Attributes:
+        entries: built-in ones first, each group by name.
+        damaged: folders that look like entries and cannot be read, with the reason.
+    """
+
+    entries: tuple[Entry, ...]
+    damaged: tuple[tuple[Path, str], ...]
+
+
+def zoo_folder(zoo: str | Path | None = None) -> Path:
+    """The user's zoo: `zoo` if given, else $SLIMNAS_ZOO, else ./model_zoo; it need not exist."""
+    return Path(zoo or os.environ.get(ZOO_VARIABLE) or DEFAULT_ZOO)
+
+
+def builtin_names() -> list[str]:
+    """Names of the architectures that ship with slimnas."""
+    return sorted(path.stem for path in MODELS.glob("*.yaml"))
+
+
+def list_entries(zoo: str | Path | None = None) -> Listing:
+    """List the built-in entries and those of the user's zoo (see `zoo_folder`)."""
+    entries = [_builtin(name) for name in builtin_names()]
+    damaged = []
+    for name in _user_names(zoo_folder(zoo)):
+        folder = zoo_folder(zoo) / name
+        try:
+            entries.append(load_entry(folder, source="zoo"))
+        except SlimnasError as error:
+            damaged.append((folder, str(error)))
+    return Listing(tuple(entries), tuple(damaged))
+
+
+def get(name_or_path: str | Path, *, zoo: str | Path | None = None) -> Entry:
+    """Find a model by zoo name, architecture file, run folder or zoo entry folder.
+
+    A name of the user's zoo wins over a built-in one, and a name over a path; `./name` is
+    always a path.
+
+    Raises:
+        ZooError: nothing of that name, or a folder without a model.
+        SpecError: a damaged architecture.
+    """
+    name, path = str(name_or_path), Path(name_or_path)
+    users = _user_names(zoo_folder(zoo))
+    if name in users:
+        return load_entry(zoo_folder(zoo) / name, source="zoo")
+    if name in builtin_names():
+        return _builtin(name)
+    if path.is_dir():
+        return load_entry(path)
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return _from_file(path)
+    known = [*builtin_names(), *users]
+    raise ZooError(
+        f"no model, file or folder {name!r}{suggest(name, known)}; known models: {', '.join(known)}"
+    )
+
+
+def _user_names(zoo: Path) -> list[str]:
+    return sorted(path.parent.name for path in zoo.glob(f"[!.]*/{ARCHITECTURE}"))
+
+
+def _builtin(name: str) -> Entry:
+    path = MODELS / f"{name}.yaml"
+    architecture = Architecture.load(path)
+    metrics = parse_metrics(architecture.provenance.get("metrics", {}), source=str(path))
+    return Entry(name=name, source="built-in", architecture=architecture, metrics=metrics)
+
+
+def _from_file(path: Path) -> Entry:
+    if path.name == ARCHITECTURE and path.is_file():
+        return load_entry(path.parent)
+    architecture = Architecture.load(path)
+    weights = path.with_suffix(Path(WEIGHTS).suffix)
+    return Entry(
+        name=architecture.name,
+        source="file",
+        architecture=architecture,
+        metrics={},
+        weights=weights if weights.is_file() else None,
+    )

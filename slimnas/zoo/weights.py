@@ -1,0 +1,93 @@
+"""Weights in and out: safetensors, tied to their architecture by its digest."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import slimnas
+from slimnas._files import atomic_path
+from slimnas.arch.architecture import Architecture
+from slimnas.errors import WeightsError
+from slimnas.zoo.convert import convert_state_dict
+from slimnas.zoo.state import check_state
+
+SCHEMA = "slimnas/weights/1"
+_PICKLED = {".pt", ".pth", ".bin"}
+_WRAPPERS = ("model", "state_dict")
+
+
+def save_weights(path: str | Path, state: Mapping[str, Tensor], architecture: Architecture) -> None:
+    """Write `state`, the weights of `architecture`, atomically.
+
+    Raises:
+        WeightsError: the tensors are not those of `architecture`.
+        RunFolderError: the place cannot be written.
+    """
+    checked = check_state(state, architecture, source="weights to save")
+    # safetensors refuses tensors that share memory; copies on the CPU never do.
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in checked.items()}
+    metadata = {
+        "schema": SCHEMA,
+        "architecture": architecture.digest,
+        "slimnas": slimnas.__version__,
+    }
+    with atomic_path(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_weights(path: str | Path, architecture: Architecture) -> dict[str, Tensor]:
+    """Read the weights of `architecture` from a file of ours, of timm or of the official code.
+
+    Returns:
+        Tensors on the CPU under the names of `build(architecture).state_dict()`.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds the weights of something else.
+    """
+    path = Path(path)
+    state, metadata = _read(path)
+    digest = metadata.get("architecture")
+    if digest is not None and digest != architecture.digest:
+        raise WeightsError(
+            f"{path}: saved for another architecture (digest {digest[:12]}) than "
+            f"{architecture.name} (digest {architecture.digest[:12]}); use the architecture.yaml "
+            "that lies beside it"
+        )
+    return convert_state_dict(state, architecture, source=str(path))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; expected weights (.safetensors or .pth)")
+    try:
+        if path.suffix in _PICKLED:
+            return _unwrapped(torch.load(path, map_location="cpu", weights_only=True), path), {}
+        with safetensors.safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        return load_file(path), metadata
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"{path}: damaged or not safetensors ({_line(error)})") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsError(f"{path}: cannot be read as weights ({_line(error)})") from error
+
+
+def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict in a checkpoint, which training scripts wrap in a dict of their own."""
+    for key in _WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise WeightsError(f"{path}: must hold a dict of tensors, or one under 'model'")
+    return dict(loaded)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
