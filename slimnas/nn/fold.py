@@ -26,8 +26,8 @@ from slimnas.nn.efficientformer import (
 def fold(module: nn.Module) -> nn.Module:
     """Return a folded copy of a network, block or stem, in evaluation mode.
 
-    The copy has no trainable parameters left to train: it is for export and timing. `module`
-    is not changed. Modules of other families are copied as they are.
+    The copy is for export and timing; none of its parameters takes a gradient. `module` is not
+    changed, and modules of unknown families are copied as they are.
     """
     folded = copy.deepcopy(module).eval()
     folded.requires_grad_(False)

@@ -20,7 +20,7 @@ from slimnas.arch.architecture import Architecture
 from slimnas.errors import ZooError
 from slimnas.zoo.card import model_card
 from slimnas.zoo.metrics import Metric, Metrics, load_metrics, save_metrics
-from slimnas.zoo.weights import load_weights, save_weights
+from slimnas.zoo.weights import save_weights
 
 ARCHITECTURE = "architecture.yaml"
 WEIGHTS = "weights.safetensors"
@@ -133,30 +133,6 @@ def save_entry(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def add_to_zoo(zoo: str | Path, folder: str | Path, *, name: str | None = None) -> Path:
-    """Copy the model of a run folder, or of another zoo's entry, into a zoo.
-
-    Args:
-        zoo: the zoo's folder; made if it is missing.
-        folder: what `load_entry` reads.
-        name: the entry's name; by default the architecture's.
-
-    Raises:
-        ZooError: no model or no weights there, or the name is in use.
-        WeightsError: damaged weights.
-    """
-    entry = load_entry(folder)
-    if entry.weights is None:
-        raise ZooError(f"{entry.folder}: has no {WEIGHTS}; a zoo entry needs weights")
-    return save_entry(
-        zoo,
-        name or entry.name,
-        architecture=entry.architecture,
-        weights=load_weights(entry.weights, entry.architecture),
-        metrics=entry.metrics,
-    )
 
 
 def _model_folder(folder: Path) -> Path:

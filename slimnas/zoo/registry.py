@@ -8,8 +8,9 @@ from pathlib import Path
 
 from slimnas.arch.architecture import Architecture
 from slimnas.errors import SlimnasError, ZooError, suggest
-from slimnas.zoo.entry import ARCHITECTURE, WEIGHTS, Entry, load_entry
+from slimnas.zoo.entry import ARCHITECTURE, WEIGHTS, Entry, load_entry, save_entry
 from slimnas.zoo.metrics import parse_metrics
+from slimnas.zoo.weights import load_weights
 
 MODELS = Path(__file__).resolve().parent / "models"
 ZOO_VARIABLE = "SLIMNAS_ZOO"
@@ -75,6 +76,36 @@ def get(name_or_path: str | Path, *, zoo: str | Path | None = None) -> Entry:
     known = [*builtin_names(), *users]
     raise ZooError(
         f"no model, file or folder {name!r}{suggest(name, known)}; known models: {', '.join(known)}"
+    )
+
+
+def add(folder: str | Path, *, name: str | None = None, zoo: str | Path | None = None) -> Path:
+    """Copy the model of a run folder, or of another zoo's entry, into the user's zoo.
+
+    Args:
+        folder: what `slimnas.zoo.entry.load_entry` reads.
+        name: the entry's name; by default the architecture's.
+        zoo: see `zoo_folder`; made if it is missing.
+
+    Returns:
+        The new entry's folder.
+
+    Raises:
+        ZooError: no model or no weights there, or the name is in use.
+        WeightsError: damaged weights.
+    """
+    entry = load_entry(folder)
+    name = name or entry.name
+    if entry.weights is None:
+        raise ZooError(f"{entry.folder}: has no {WEIGHTS}; a zoo entry needs weights")
+    if name in builtin_names():
+        raise ZooError(f"zoo entry name {name!r}: a built-in model has it; choose another --name")
+    return save_entry(
+        zoo_folder(zoo),
+        name,
+        architecture=entry.architecture,
+        weights=load_weights(entry.weights, entry.architecture),
+        metrics=entry.metrics,
     )
 
 

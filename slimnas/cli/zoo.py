@@ -1,0 +1,167 @@
+"""`slimnas zoo`: list, show, add and export models."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from slimnas.zoo.entry import Entry
+
+app = typer.Typer(no_args_is_help=True, help="Models: published ones and your own.")
+
+ZooOption = Annotated[
+    Path | None, typer.Option("--zoo", help="Your zoo; else $SLIMNAS_ZOO, else ./model_zoo.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+ModelArgument = Annotated[
+    str, typer.Argument(help="Zoo name, architecture file, run folder or zoo entry folder.")
+]
+
+
+class Format(str, Enum):
+    """File formats a model can be exported to."""
+
+    ONNX = "onnx"
+
+
+@app.command("list")
+def list_models(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
+    """List the published models and those of your zoo."""
+    from slimnas.zoo.registry import list_entries
+
+    listing = list_entries(zoo)
+    for folder, reason in listing.damaged:
+        typer.echo(f"skipped {folder}: {reason}", err=True)
+    rows = [_summary(entry) for entry in listing.entries]
+    if as_json:
+        damaged = [{"folder": _shown(path), "error": why} for path, why in listing.damaged]
+        _print_json({"entries": rows, "damaged": damaged})
+        return
+    width = max(len(row["name"]) for row in rows)
+    typer.echo(f"{'name':<{width}}  {'params':>12}  {'MACs':>15}  source")
+    for row in rows:
+        typer.echo(
+            f"{row['name']:<{width}}  {row['params']:>12,}  {row['macs']:>15,}  {row['source']}"
+        )
+
+
+@app.command()
+def show(model: ModelArgument, zoo: ZooOption = None, as_json: JsonOption = False) -> None:
+    """Show one model: its architecture, its cost and its numbers with their provenance."""
+    from slimnas.zoo.registry import get
+
+    entry = get(model, zoo=zoo)
+    metrics = {
+        name: {"value": metric.value, "provenance": metric.provenance}
+        for name, metric in entry.metrics.items()
+    }
+    if as_json:
+        architecture = entry.architecture.to_dict()
+        _print_json({**_summary(entry), "metrics": metrics, "architecture": architecture})
+        return
+    row = _summary(entry)
+    typer.echo(entry.architecture.to_yaml().rstrip())
+    typer.echo(f"params: {row['params']:,}\nmacs: {row['macs']:,}\nweights: {row['weights']}")
+    for name, metric in metrics.items():
+        typer.echo(f"{name}: {metric['value']:g} ({metric['provenance']})")
+
+
+@app.command()
+def add(
+    run: Annotated[Path, typer.Argument(help="Run folder, found/<target> in it, or zoo entry.")],
+    name: Annotated[str | None, typer.Option(help="Name; else the architecture's.")] = None,
+    zoo: ZooOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Copy the model of a run into your zoo."""
+    from slimnas.zoo import registry
+
+    folder = registry.add(run, name=name, zoo=zoo)
+    if as_json:
+        _print_json({"name": folder.name, "folder": _shown(folder)})
+    else:
+        typer.echo(f"added {folder.name} in {_shown(folder)}")
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    file_format: Annotated[Format, typer.Option("--format", help="File format.")] = Format.ONNX,
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; else exports/ of the entry, else here.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Weights file, in place of the entry's own.")
+    ] = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Fresh weights, to measure latency only.")
+    ] = False,
+    dynamic_batch: Annotated[
+        bool, typer.Option("--dynamic-batch", help="Any batch size instead of one image.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the image it is checked on.")] = 0,
+    zoo: ZooOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a model for deployment, BN folded, and check the file against PyTorch."""
+    from slimnas.zoo.create import create_model
+    from slimnas.zoo.export import export_network
+    from slimnas.zoo.registry import get
+
+    if untrained and weights is not None:
+        raise typer.BadParameter("--untrained and --weights exclude each other")
+    entry = get(model, zoo=zoo)
+    pretrained = False if untrained else weights or True
+    network = create_model(model, pretrained=pretrained, zoo=zoo, seed=seed)
+    path = output or _export_path(entry, file_format)
+    difference = export_network(network, path, dynamic_batch=dynamic_batch, seed=seed)
+    if as_json:
+        _print_json(
+            {
+                "model": entry.name,
+                "format": file_format.value,
+                "file": _shown(path),
+                "trained": not untrained,
+                "max_abs_difference": difference,
+            }
+        )
+    else:
+        typer.echo(
+            f"ok: {_shown(path)}, largest difference from PyTorch in ONNX Runtime {difference:.2g}"
+        )
+
+
+def _export_path(entry: Entry, file_format: Format) -> Path:
+    file = f"{entry.name}.{file_format.value}"
+    return Path(file) if entry.folder is None else entry.folder / "exports" / file
+
+
+def _summary(entry: Entry) -> dict[str, Any]:
+    from slimnas.arch.cost import cost
+
+    counted = cost(entry.architecture)
+    published = "download" if entry.source == "built-in" else None
+    return {
+        "name": entry.name,
+        "params": counted.params,
+        "macs": counted.macs,
+        "source": entry.source,
+        "weights": published if entry.weights is None else _shown(entry.weights),
+    }
+
+
+def _shown(path: Path) -> str:
+    """The path relative to the working directory, if it lies in it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _print_json(body: dict[str, Any]) -> None:
+    typer.echo(json.dumps(body))
