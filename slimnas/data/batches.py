@@ -9,7 +9,9 @@ Shapes: B batch, N images of the split, C channels, H height, W width.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +23,7 @@ from slimnas.data.decode import decode_rows
 from slimnas.data.sources import ImageTable, LongArray
 from slimnas.errors import DataError
 
+_BATCHES_AHEAD = 2
 _ORDER, _AUGMENT = 1, 2  # keep the two random streams of one (seed, epoch) apart
 
 
@@ -38,6 +41,9 @@ class PixelStore(Protocol):
     def take(self, indexes: LongArray) -> Tensor:
         """Return these images as uint8 (len(indexes), C, H, W) on the CPU."""
 
+    def stream(self, batches: Iterable[LongArray]) -> Iterator[Tensor]:
+        """Yield `take` of each batch, in order."""
+
 
 @dataclass(frozen=True, eq=False)
 class MemoryPixels:
@@ -48,6 +54,10 @@ class MemoryPixels:
     def take(self, indexes: LongArray) -> Tensor:
         """Return these images as uint8 (len(indexes), C, H, W) on the CPU."""
         return self.pixels[torch.from_numpy(indexes)]
+
+    def stream(self, batches: Iterable[LongArray]) -> Iterator[Tensor]:
+        """Yield `take` of each batch, in order."""
+        return map(self.take, batches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +86,21 @@ class LazyPixels:
                 )
             pixels[position] = image
         return torch.from_numpy(pixels)
+
+    def stream(self, batches: Iterable[LongArray]) -> Iterator[Tensor]:
+        """Yield `take` of each batch, in order; the next ones are decoded meanwhile.
+
+        Raises:
+            DataError: one cannot be decoded.
+        """
+        pending: deque[Future[Tensor]] = deque()
+        with ThreadPoolExecutor(1) as background:
+            for indexes in batches:
+                pending.append(background.submit(self.take, indexes))
+                if len(pending) > _BATCHES_AHEAD:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +157,9 @@ class ImageSet:
             Normalised images (B, C, H, W) float32 and labels (B,) int64, on `device`.
         """
         order = permutation(len(self), seed, epoch, _ORDER)
-        for batch in range(start_batch, self.steps(batch_size)):
-            indexes = order[batch * batch_size : (batch + 1) * batch_size]
-            images, labels = self._fetch(indexes, device)
+        numbers = range(start_batch, self.steps(batch_size))
+        chunks = [order[batch * batch_size : (batch + 1) * batch_size] for batch in numbers]
+        for batch, (images, labels) in zip(numbers, self._fetch(chunks, device), strict=True):
             if augment:
                 images = shift_and_flip(images, _generator(seed, epoch, batch), flip=self.flip)
             yield self.normalise(images), labels
@@ -147,9 +172,9 @@ class ImageSet:
         Yields:
             Normalised images (B, C, H, W) float32 and labels (B,) int64, on `device`.
         """
-        for start in range(0, len(self), batch_size):
-            indexes = np.arange(start, min(start + batch_size, len(self)))
-            images, labels = self._fetch(indexes, device)
+        everything = np.arange(len(self))
+        chunks = [everything[at : at + batch_size] for at in range(0, len(self), batch_size)]
+        for images, labels in self._fetch(chunks, device):
             yield self.normalise(images), labels
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -158,9 +183,11 @@ class ImageSet:
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         return (images.float() / 255.0 - mean) / std
 
-    def _fetch(self, indexes: LongArray, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        images = self.store.take(indexes).to(device)
-        return images, self.labels[torch.from_numpy(indexes)].to(device)
+    def _fetch(
+        self, chunks: Sequence[LongArray], device: torch.device | str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for indexes, images in zip(chunks, self.store.stream(chunks), strict=True):
+            yield images.to(device), self.labels[torch.from_numpy(indexes)].to(device)
 
 
 def shift_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:

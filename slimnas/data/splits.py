@@ -17,7 +17,7 @@ from slimnas.errors import DataError
 
 _LIMIT, _TEST, _SEARCH, _SAMPLE = 11, 12, 13, 14  # keep the random streams of one seed apart
 _STATISTICS_SAMPLE = 4096
-_HEADERS_AT_ONCE = 1024
+_IMAGES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class DataOptions:
         skip_bad_images: leave out what cannot be decoded instead of raising.
         max_images: use at most this many images of the source, and of its own test split, drawn
             evenly from the classes; None for all.
-        memory_bytes: up to this many bytes of decoded pixels are held in memory (twice that
-            while splitting); above, images are decoded for each batch.
+        memory_bytes: up to this many bytes of decoded pixels, of the source or of its own test
+            split, are held in memory (twice that while splitting); above, images are decoded
+            for each batch.
     """
 
     resolution: tuple[int, int]
@@ -177,7 +178,7 @@ def split_source(source: Source, options: DataOptions) -> DataSplits:
         rest, pool.labels, options.search_fraction, 1, (options.seed, _SEARCH)
     )
     train, search = pool.select(train_rows), pool.select(search_rows)
-    mean, std, sample = _statistics(train.store, len(train.labels), options.seed)
+    mean, std, train_hash = _statistics(train.store, len(train.labels), options.seed)
     parts = {Split.TRAIN: train, Split.SEARCH: search, Split.TEST: test}
     sets = {
         split: ImageSet(split, part.store, torch.from_numpy(part.labels), mean, std, source.flip)
@@ -189,7 +190,7 @@ def split_source(source: Source, options: DataOptions) -> DataSplits:
         search=sets[Split.SEARCH],
         test=sets[Split.TEST],
         class_names=source.class_names,
-        digest=_digest(parts, sample, options),
+        digest=_digest(parts, train_hash, options),
         description=_describe(source, parts, skipped),
         skipped=skipped,
     )
@@ -256,8 +257,8 @@ def _find_bad(table: ImageTable, rows: LongArray, options: DataOptions) -> dict[
         decoded = decode_rows(table, rows.tolist(), options.resolution, options.channels)
         return {at: image for at, image in enumerate(decoded) if isinstance(image, str)}
     bad = {}
-    for start in range(0, len(rows), _HEADERS_AT_ONCE):
-        chunk = rows[start : start + _HEADERS_AT_ONCE].tolist()
+    for start in range(0, len(rows), _IMAGES_AT_ONCE):
+        chunk = rows[start : start + _IMAGES_AT_ONCE].tolist()
         for at, raw in enumerate(table.read(chunk), start):
             reason = check_header(raw)
             if reason is not None:
@@ -325,35 +326,40 @@ def _sample(labels: LongArray, count: int, key: Sequence[int]) -> LongArray:
 
 def _statistics(
     store: PixelStore, count: int, seed: int
-) -> tuple[tuple[float, ...], tuple[float, ...], Tensor]:
-    """Return mean and deviation per channel (of 0..1 pixels), and the sample they come from."""
+) -> tuple[tuple[float, ...], tuple[float, ...], bytes]:
+    """Return mean and deviation per channel (of 0..1 pixels), and a hash of the images used."""
     chosen = np.arange(count)
     if isinstance(store, LazyPixels) and count > _STATISTICS_SAMPLE:
         chosen = np.sort(permutation(count, seed, _SAMPLE)[:_STATISTICS_SAMPLE])
-    sample = store.take(chosen)
-    # Exact integer counts: the same result however many threads add them up.
+    chunks = [chosen[at : at + _IMAGES_AT_ONCE] for at in range(0, len(chosen), _IMAGES_AT_ONCE)]
+    sha = hashlib.sha256()
+    # Whole-number counts: the same result however many threads add them up.
+    counts: Tensor | int = 0
+    for images in store.stream(chunks):
+        sha.update(images.numpy().tobytes())
+        channels = images.transpose(0, 1).flatten(1)
+        counts = counts + torch.stack([torch.bincount(c, minlength=256) for c in channels])
     levels = torch.arange(256, dtype=torch.float64) / 255.0
     mean, std = [], []
-    for channel in range(sample.shape[1]):
-        histogram = torch.bincount(sample[:, channel].flatten(), minlength=256).double()
+    for histogram in torch.as_tensor(counts).double():
         share = histogram / histogram.sum()
         centre = float(share @ levels)
         mean.append(centre)
         # A constant channel has no deviation to divide by; one grey level stands in.
         std.append(max(float(share @ (levels - centre) ** 2) ** 0.5, 1.0 / 255.0))
-    return tuple(mean), tuple(std), sample
+    return tuple(mean), tuple(std), sha.digest()
 
 
-def _digest(parts: dict[Split, _Part], sample: Tensor, options: DataOptions) -> str:
+def _digest(parts: dict[Split, _Part], train_hash: bytes, options: DataOptions) -> str:
     sha = hashlib.sha256()
     sha.update(f"slimnas/data/1 {options.resolution} {options.channels}".encode())
+    sha.update(train_hash)
     for split, part in parts.items():
         sha.update(f"{split.value} {len(part.rows)}".encode())
         sha.update(part.rows.astype("<i8").tobytes())
         sha.update(part.labels.astype("<i8").tobytes())
-        if isinstance(part.store, MemoryPixels):
-            sha.update(part.store.pixels.numpy().tobytes())
-    sha.update(sample.numpy().tobytes())
+        if split is not Split.TRAIN and isinstance(part.store, MemoryPixels):
+            sha.update(part.store.pixels.numpy().data)
     return sha.hexdigest()
 
 
