@@ -1,0 +1,6 @@
+"""The report of a search run: one HTML page, and its figures as files."""
+
+from slimnas.report.html import write_report
+from slimnas.report.run import DataSummary, FoundNetwork, PricedNetwork, RunReport
+
+__all__ = ["DataSummary", "FoundNetwork", "PricedNetwork", "RunReport", "write_report"]

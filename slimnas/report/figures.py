@@ -1,0 +1,166 @@
+"""Colours of the report, and figures as files and as inline SVG that follows the page's theme.
+
+A figure is drawn once with the light palette. Inlined, each palette colour becomes a CSS
+variable, so the same SVG reads well on a dark page; the files keep the light colours on white.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from slimnas._files import atomic_path
+
+WIDE_IN = 9.0
+NARROW_IN = 4.3
+"""Widths in inches of the two layouts: a desktop column and a phone."""
+
+PNG_DPI = 160
+HEAT_STEPS = 7
+
+# name: (light, dark). Categorical hues after Okabe and Ito, told apart by colour-blind readers.
+PALETTE = {
+    "ink": ("#1b2530", "#e6ebf1"),
+    "muted": ("#5a6673", "#9eabb8"),
+    "grid": ("#e1e6eb", "#2c3641"),
+    "edge": ("#aab4be", "#54616e"),
+    "mb4d": ("#2673b8", "#5fa8e6"),
+    "mb3d": ("#c65d10", "#f09a4a"),
+    "width": ("#0b8467", "#3dc4a0"),
+    "other": ("#7b8794", "#8794a1"),
+    "down": ("#a9bccd", "#5f7487"),
+    "target": ("#a3378d", "#df86cc"),
+    "paper": ("#fefefe", "#171d24"),
+    "ghost": ("#c3cbd3", "#4a5662"),
+    "on_mb4d": ("#fffffe", "#0d1520"),
+    "on_mb3d": ("#fffeff", "#1d1205"),
+}
+HEAT = (
+    ("#edf3f8", "#1d2935"),
+    ("#d3e2ee", "#233a4e"),
+    ("#b2cde2", "#2a4f6c"),
+    ("#8ab3d3", "#35678c"),
+    ("#5f95c0", "#4c86b0"),
+    ("#3874a5", "#77abd1"),
+    ("#1a5080", "#afd2ee"),
+)
+"""Low to high, against the page: darker on light, lighter on dark."""
+
+# The two inks of heat cells: steps up to 3 and above. Distinct from the colours above.
+HEAT_INK = (("#1b2631", "#e6ebf2"), ("#fdfeff", "#0c1620"))
+
+
+def ink(name: str) -> str:
+    """The light-palette colour to draw with."""
+    return PALETTE[name][0]
+
+
+def heat(step: int) -> tuple[str, str]:
+    """Fill and text colour of a heat cell, `step` from 0 to `HEAT_STEPS` - 1."""
+    return HEAT[step][0], HEAT_INK[step > HEAT_STEPS // 2][0]
+
+
+def _variables() -> dict[str, tuple[str, str]]:
+    named = {f"--c-{name.replace('_', '-')}": pair for name, pair in PALETTE.items()}
+    heats = {f"--c-heat-{i}": pair for i, pair in enumerate(HEAT)}
+    inks = {f"--c-heat-ink-{i}": pair for i, pair in enumerate(HEAT_INK)}
+    return {**named, **heats, **inks}
+
+
+def css_variables(dark: bool) -> str:
+    """CSS declarations of every palette colour for one theme."""
+    return " ".join(f"{name}: {pair[dark]};" for name, pair in _variables().items())
+
+
+@contextmanager
+def drawing_style() -> Iterator[None]:
+    """Matplotlib settings to draw and to save under; the caller's are restored."""
+    style = {
+        "axes.edgecolor": ink("edge"),
+        "axes.labelcolor": ink("muted"),
+        "axes.linewidth": 0.8,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same layout everywhere
+        "font.size": 8.0,
+        "grid.color": ink("grid"),
+        "grid.linewidth": 0.7,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "slimnas",
+        "text.color": ink("ink"),
+        "text.parse_math": False,  # a $ in a device's name is a dollar sign
+        "xtick.color": ink("edge"),
+        "xtick.labelcolor": ink("muted"),
+        "ytick.color": ink("edge"),
+        "ytick.labelcolor": ink("muted"),
+    }
+    with mpl.rc_context(style):
+        yield
+
+
+def canvas(width_in: float, height_in: float) -> tuple[Figure, Axes]:
+    """A figure whose one axes covers it, in points, y growing downwards."""
+    figure = Figure(figsize=(width_in, height_in))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set(xlim=(0, width_in * 72), ylim=(height_in * 72, 0))
+    axes.set_axis_off()
+    return figure, axes
+
+
+def svg_bytes(figure: Figure, *, transparent: bool = False) -> bytes:
+    """The figure as SVG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with drawing_style():
+        figure.savefig(buffer, format="svg", metadata=metadata, transparent=transparent)
+    return buffer.getvalue()
+
+
+def inline_svg(figure: Figure, key: str, label: str) -> str:
+    """The figure as an `<svg>` element for the page.
+
+    Args:
+        figure: what to show.
+        key: unique on the page; ids are prefixed with it.
+        label: what a screen reader says.
+    """
+    text = svg_bytes(figure, transparent=True).decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)
+    view_box = re.search(r'viewBox="[^"]*"', text)
+    if view_box is None:
+        raise ValueError("matplotlib wrote an SVG without a viewBox")
+    opening = (
+        f'<svg {view_box.group()} role="img" aria-label="{html.escape(label, quote=True)}" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink">'
+    )
+    text = opening + text[text.index(">") + 1 :]
+    text = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{key}-", text)
+    by_colour = {light: name for name, (light, _) in _variables().items()}
+    return re.sub(
+        r"(?<=: )#[0-9a-f]{6}",
+        lambda m: f"var({by_colour[m.group()]})" if m.group() in by_colour else m.group(),
+        text,
+    )
+
+
+def save_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
+    """Write `path` + `.svg` and `.png`, each atomically.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    svg, png = path.with_name(f"{path.name}.svg"), path.with_name(f"{path.name}.png")
+    with atomic_path(svg) as temporary:
+        temporary.write_bytes(svg_bytes(figure))
+    with atomic_path(png) as temporary, drawing_style():
+        figure.savefig(temporary, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    return svg, png

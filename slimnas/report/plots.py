@@ -1,0 +1,278 @@
+"""Plots of a run: the slimming trajectory and the supernet's training curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from slimnas.arch.space import IDENTITY
+from slimnas.report.figures import NARROW_IN, WIDE_IN, drawing_style, ink
+from slimnas.report.run import RunReport
+from slimnas.search.actions import Action
+from slimnas.search.trajectory import Trajectory
+
+# kind: (words, colour, marker); shape and colour both tell the kinds apart
+KINDS = {
+    "drop_block": ("drop a block", "mb4d", "o"),
+    "remove_attention": ("MB3D to MB4D", "mb3d", "D"),
+    "narrow_stage": ("narrow a stage", "width", "s"),
+}
+LANE_IN = 0.17
+LABEL_GAP_PT = 11.0
+FLOOR_POINTS = 2.0
+"""The accuracy axis reaches at least this far below the path, in percentage points."""
+
+
+def action_kind(action: Action) -> str:
+    """The kind to show; an MB3D that becomes identity is a dropped block."""
+    if action.kind == "remove_attention" and action.becomes == IDENTITY:
+        return "drop_block"
+    return action.kind
+
+
+def trajectory_figure(report: RunReport, width_in: float = WIDE_IN) -> Figure:
+    """Accuracy against latency, every step and candidate; below, a lane per kind of action."""
+    trajectory = report.trajectory
+    lanes = _lanes(trajectory)
+    narrow = width_in < (WIDE_IN + NARROW_IN) / 2
+    top_in, plot_in, gap_in, bottom_in = 0.62, 3.0 if narrow else 3.5, 0.12, 0.5
+    lane_in = max(len(lanes), 1) * LANE_IN + 0.1
+    height_in = top_in + plot_in + gap_in + lane_in + bottom_in
+    left, span = 1.02 / width_in, (width_in - 1.02 - 0.15) / width_in
+    with drawing_style():
+        figure = Figure(figsize=(width_in, height_in))
+        main = figure.add_axes((left, 1 - (top_in + plot_in) / height_in, span, plot_in / height_in))
+        below = figure.add_axes((left, bottom_in / height_in, span, lane_in / height_in))
+        _frame_trajectory(main, below, report)
+        _draw_candidates(main, trajectory)
+        _draw_path(main, trajectory)
+        _draw_targets(main, below, report, LABEL_GAP_PT)
+        _draw_lanes(below, trajectory, lanes)
+        _number_steps(main, report)
+        handles = _legend(trajectory)
+        figure.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(0.02 if narrow else left, 1.0),
+            ncols=3 if narrow else 5,
+            frameon=False,
+            fontsize=7.5,
+            handletextpad=0.3,
+            columnspacing=1.0,
+            borderaxespad=0.0,
+        )
+    return figure
+
+
+def training_figure(
+    training: Sequence[Mapping[str, float]], width_in: float = WIDE_IN
+) -> Figure | None:
+    """Loss, SEARCH top-1 and temperature by training step; none where nothing was logged."""
+    panels = [
+        (key, title, colour, points)
+        for key, title, colour in (
+            ("loss", "training loss", "mb4d"),
+            ("search_top1", "SEARCH top-1, %", "width"),
+            ("tau", "Gumbel temperature", "mb3d"),
+        )
+        if (points := _points(training, key))
+    ]
+    if not panels:
+        return None
+    narrow = width_in < (WIDE_IN + NARROW_IN) / 2
+    columns = 1 if narrow else len(panels)
+    rows = len(panels) if narrow else 1
+    with drawing_style():
+        figure = Figure(figsize=(width_in, 1.7 * rows + 0.3 if narrow else 2.4), layout="constrained")
+        for index, (_, title, colour, points) in enumerate(panels, start=1):
+            axes = figure.add_subplot(rows, columns, index)
+            steps, values = zip(*points, strict=True)
+            dense = len(points) > 40
+            axes.plot(steps, values, color=ink(colour), lw=1.5, marker="" if dense else "o", ms=3)
+            axes.set_title(title, loc="left", fontsize=8.5, color=ink("ink"))
+            axes.set_xlabel("training step")
+            axes.grid(axis="y")
+            axes.margins(x=0.02, y=0.12)
+    return figure
+
+
+def _points(training: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    pairs = [(row["step"], row.get(key)) for row in training if "step" in row]
+    return [(step, float(v)) for step, v in pairs if v is not None and math.isfinite(v)]
+
+
+def _lanes(trajectory: Trajectory) -> list[tuple[str, int]]:
+    used = {(action_kind(step.taken), _lane_stage(step.taken)) for step in trajectory.steps}
+    order = list(KINDS)
+    return sorted(used, key=lambda lane: (order.index(lane[0]), lane[1]))
+
+
+def _lane_stage(action: Action) -> int:
+    return -1 if action_kind(action) == "remove_attention" else action.stage
+
+
+def _lane_name(lane: tuple[str, int]) -> str:
+    kind, stage = lane
+    if kind == "drop_block":
+        return f"block, stage {stage + 1}"
+    return "MB3D to MB4D" if kind == "remove_attention" else f"width, stage {stage + 1}"
+
+
+def _frame_trajectory(main: Axes, below: Axes, report: RunReport) -> None:
+    latencies = [latency_ms for _, latency_ms, _ in report.trajectory.states]
+    marked = [*latencies, *(network.target_ms for network in report.found)]
+    if report.reference is not None:
+        marked.append(report.reference.estimate.latency_ms)
+    pad = 0.04 * (max(marked) - min(marked)) or 0.05 * marked[0]
+    path = [top1 for _, _, top1 in report.trajectory.states]
+    below_path = max(FLOOR_POINTS, 0.8 * (max(path) - min(path)))
+    weighed = [c.top1 for step in report.trajectory.steps for c in step.candidates]
+    low = max(min([*path, *weighed]), min(path) - below_path)
+    high = max([*path, *weighed])
+    margin = 0.06 * max(high - low, 1.0)
+    for axes in (main, below):
+        axes.set_xlim(min(marked) - pad, max(marked) + pad)
+    main.set_ylim(low - margin, high + 2 * margin)
+    main.grid()
+    main.set_axisbelow(True)
+    main.tick_params(labelbottom=False, length=0)
+    main.set_ylabel("top-1 on SEARCH split, %")
+    below.grid(axis="x")
+    below.set_axisbelow(True)
+    below.set_xlabel(f"latency by the {report.device.name} table, ms ({report.device.kind})")
+
+
+def _draw_candidates(axes: Axes, trajectory: Trajectory) -> None:
+    floor = axes.get_ylim()[0]
+    others = [c for s in trajectory.steps for c in s.candidates if c.action != s.taken]
+    shown = [c for c in others if c.top1 >= floor]
+    hidden = [c for c in others if c.top1 < floor]
+    axes.scatter(
+        [c.latency_ms for c in shown],
+        [c.top1 for c in shown],
+        s=7,
+        color=ink("muted"),
+        alpha=0.3,
+        linewidths=0,
+        zorder=2,
+    )
+    if hidden:
+        axes.scatter(
+            [c.latency_ms for c in hidden],
+            [floor] * len(hidden),
+            s=16,
+            marker="v",
+            color=ink("muted"),
+            alpha=0.5,
+            linewidths=0,
+            clip_on=False,
+            zorder=2,
+        )
+
+
+def _draw_path(axes: Axes, trajectory: Trajectory) -> None:
+    latencies = [latency_ms for _, latency_ms, _ in trajectory.states]
+    top1 = [accuracy for _, _, accuracy in trajectory.states]
+    axes.plot(latencies, top1, color=ink("edge"), lw=1.2, zorder=3)
+    axes.plot(
+        latencies[:1], top1[:1], marker="*", ms=10, color=ink("ink"), ls="", mew=0, zorder=5
+    )
+    size = 5.0 if len(trajectory.steps) <= 30 else 3.8
+    for step in trajectory.steps:
+        _, colour, marker = KINDS[action_kind(step.taken)]
+        style = {"color": ink(colour), "mec": ink("paper"), "mew": 0.5, "zorder": 4}
+        axes.plot([step.latency_ms], [step.top1], marker=marker, ms=size, **style)
+
+
+def _draw_targets(main: Axes, below: Axes, report: RunReport, line_pt: float) -> None:
+    marks = [(n.target_ms, f"target {n.target_ms:g} ms", "target") for n in report.found]
+    if report.reference is not None:
+        name = report.reference.architecture.name
+        marks.append((report.reference.estimate.latency_ms, name, "muted"))
+    ends: list[float] = []  # right end of the last label on each line, in points
+    points = 72 / main.figure.dpi
+    for latency_ms, text, colour in sorted(marks):
+        dashes = (0, (5, 3)) if colour == "target" else (0, (1, 2))
+        for axes in (main, below):
+            axes.axvline(latency_ms, color=ink(colour), lw=1.2, ls=dashes, zorder=1)
+        x = main.transData.transform((latency_ms, 0.0))[0] * points
+        half = 2.3 * len(text)
+        line = next((i for i, end in enumerate(ends) if x - half > end + 4), len(ends))
+        ends[line : line + 1] = [x + half]
+        main.annotate(
+            text,
+            (latency_ms, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3 + line * line_pt),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=7.5,
+            color=ink(colour),
+        )
+    for network in report.found:
+        main.plot(
+            [network.estimate.latency_ms],
+            [network.search_top1],
+            marker="o",
+            ms=11,
+            mfc="none",
+            mec=ink("target"),
+            mew=1.5,
+            zorder=6,
+        )
+
+
+def _draw_lanes(axes: Axes, trajectory: Trajectory, lanes: list[tuple[str, int]]) -> None:
+    axes.set_yticks(range(len(lanes)), [_lane_name(lane) for lane in lanes])
+    axes.set_ylim(max(len(lanes), 1) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0, labelsize=7)
+    axes.spines["left"].set_visible(False)
+    for row in range(len(lanes)):
+        axes.axhline(row, color=ink("grid"), lw=0.7, zorder=1)
+    for step in trajectory.steps:
+        kind = action_kind(step.taken)
+        row = lanes.index((kind, _lane_stage(step.taken)))
+        _, colour, marker = KINDS[kind]
+        axes.plot([step.latency_ms], [row], marker=marker, ms=3.8, color=ink(colour), mew=0)
+
+
+def _number_steps(axes: Axes, report: RunReport) -> None:
+    """Write step numbers where there is room; those that answer a target always."""
+    points = 72 / axes.figure.dpi
+    states = report.trajectory.states
+    places = [axes.transData.transform((ms, top1)) * points for _, ms, top1 in states]
+    answers = {network.steps for network in report.found}
+    labelled = [places[0], *(places[step] for step in sorted(answers))]
+    for step in range(1, len(states)):
+        gaps = [math.dist(places[step], place) for place in labelled]
+        if step in answers or min(gaps) > LABEL_GAP_PT:
+            labelled.append(places[step])
+            bold = step in answers
+            axes.annotate(
+                str(step),
+                states[step][1:],
+                xytext=(0, 8 if bold else 5),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=8 if bold else 6.5,
+                color=ink("target" if bold else "ink"),
+                zorder=7,
+            )
+
+
+def _legend(trajectory: Trajectory) -> list[Line2D]:
+    taken = {action_kind(step.taken) for step in trajectory.steps}
+    handles = [Line2D([], [], marker="*", ms=9, color=ink("ink"), ls="", label="largest network")]
+    handles += [
+        Line2D([], [], marker=marker, ms=5, color=ink(colour), ls="", label=words)
+        for kind, (words, colour, marker) in KINDS.items()
+        if kind in taken
+    ]
+    other = {"marker": ".", "ms": 6, "color": ink("muted"), "ls": "", "alpha": 0.6}
+    return [*handles, Line2D([], [], label="weighed, not taken", **other)]
