@@ -1,0 +1,68 @@
+"""Makes the networks of a plan and loads them into a runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from slimnas.measure.plan import Parts
+from slimnas.measure.timing import Call
+from slimnas.nn.build import make_module
+from slimnas.nn.fold import fold
+from slimnas.nn.layout import layout_of, run_module, to_tokens
+from slimnas.nn.seeding import seeded
+from slimnas.runtimes.base import Runtime
+
+Loader = Callable[[Parts], Call]
+"""Makes a network of these components ready to run."""
+
+
+class Chain(nn.Module):
+    """Components in a row; takes a map or tokens of the first one's input shape.
+
+    Converts between maps and tokens where a whole network does, so that the components of an
+    architecture in a row compute what the built architecture computes.
+    """
+
+    modules_in_order: nn.ModuleList
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.modules_in_order = nn.ModuleList(make_module(part) for part in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the first component's input to the last one's output."""
+        for module, part in zip(self.modules_in_order, self.parts, strict=True):
+            # A head takes maps and tokens: its own conversion is part of what it costs.
+            x = module(x) if part.kind == "head" else run_module(module, x, part.input)
+        return x
+
+
+def network_and_input(parts: Parts, batch: int, *, seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """Make the network of `parts`, folded as it is deployed, and an input for it.
+
+    No parts give a network that does next to nothing.
+    """
+    with seeded(seed):
+        if not parts:
+            return nn.ReLU(), torch.randn(batch, 1, 1, 1)
+        chain = Chain(parts)
+        shape = parts[0].input
+        x = torch.randn(batch, shape.channels, shape.height, shape.width)
+    if layout_of(chain.modules_in_order[0]) == "tokens":
+        x = to_tokens(x).contiguous()
+    return fold(chain), x
+
+
+def runtime_loader(runtime: Runtime, *, batch: int = 1) -> Loader:
+    """Return the loader of `runtime` for batches of `batch` images."""
+
+    def load(parts: Parts) -> Call:
+        network, x = network_and_input(parts, batch)
+        return partial(runtime.load(network, x).run, x.numpy())
+
+    return load
