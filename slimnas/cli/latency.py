@@ -133,13 +133,15 @@ def _print_estimate(name: str, result: Estimate) -> None:
     from rich.table import Table
 
     shown = Table("component", "what", box=None, pad_edge=False)
-    for header in ("ms", "share"):
+    for header in ("ms", "spread", "share"):
         shown.add_column(header, justify="right")
     shown.add_column("price")
     for row in result.rows:
-        what = str(row.key).removeprefix(f"{row.key.component} ").split(" @")[0]
+        key = row.key
+        what = f"{key.type} {key.width_in}->{key.width_out}" if key.resolution else "once"
         share = f"{100 * row.latency_ms / result.latency_ms:.1f} %"
-        shown.add_row(row.component, what, f"{row.latency_ms:.4f}", share, row.kind)
+        spread = f"+- {row.spread_ms:.4f}"
+        shown.add_row(row.component, what, f"{row.latency_ms:.4f}", spread, share, row.kind)
     Console().print(shown)
     low_ms, high_ms = result.interval_ms
     covers = (

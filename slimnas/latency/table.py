@@ -13,10 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import Field, model_validator
 
 from slimnas._files import atomic_write_text, read_text
-from slimnas.arch.documents import Spec, load_document, parse_spec, save_document
+from slimnas.arch.documents import Spec, load_document, parse_spec
 from slimnas.errors import LatencyTableError, SpecError
 from slimnas.latency.keys import PriceKey
 from slimnas.latency.prices import PriceBook
@@ -178,7 +179,9 @@ class LatencyTable:
         folder = Path(folder)
         atomic_write_text(folder / TABLE_FILE, rows_to_csv(self.rows))
         body = self.device.model_dump(mode="json", exclude_none=True)
-        save_document(folder / DEVICE_FILE, SCHEMA, {**body, "rows": len(self.rows)})
+        document = {"schema": SCHEMA, **body, "rows": len(self.rows)}
+        text = yaml.safe_dump(document, sort_keys=False, default_flow_style=False, width=100)
+        atomic_write_text(folder / DEVICE_FILE, text)
 
 
 def _load_device(path: Path) -> tuple[DeviceInfo, int]:
