@@ -12,15 +12,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slimnas._files import atomic_path
+from slimnas.latency.table import DeviceInfo
 
 WIDE_IN = 9.0
-NARROW_IN = 4.3
+NARROW_IN = 4.0
 """Widths in inches of the two layouts: a desktop column and a phone."""
 
 PNG_DPI = 160
@@ -33,24 +35,25 @@ PALETTE = {
     "grid": ("#e1e6eb", "#2c3641"),
     "edge": ("#aab4be", "#54616e"),
     "mb4d": ("#2673b8", "#5fa8e6"),
-    "mb3d": ("#c65d10", "#f09a4a"),
+    "mb3d": ("#bd560c", "#f09a4a"),
     "width": ("#0b8467", "#3dc4a0"),
-    "other": ("#7b8794", "#8794a1"),
-    "down": ("#a9bccd", "#5f7487"),
+    "other": ("#657280", "#93a1ae"),
+    "down": ("#a9bccd", "#52667a"),
     "target": ("#a3378d", "#df86cc"),
     "paper": ("#fefefe", "#171d24"),
     "ghost": ("#c3cbd3", "#4a5662"),
     "on_mb4d": ("#fffffe", "#0d1520"),
     "on_mb3d": ("#fffeff", "#1d1205"),
+    "on_other": ("#fefffe", "#10171f"),
 }
 HEAT = (
     ("#edf3f8", "#1d2935"),
     ("#d3e2ee", "#233a4e"),
     ("#b2cde2", "#2a4f6c"),
     ("#8ab3d3", "#35678c"),
-    ("#5f95c0", "#4c86b0"),
-    ("#3874a5", "#77abd1"),
-    ("#1a5080", "#afd2ee"),
+    ("#427aa6", "#5591bc"),
+    ("#2c6596", "#7fb1d6"),
+    ("#174a7a", "#b4d6f0"),
 )
 """Low to high, against the page: darker on light, lighter on dark."""
 
@@ -80,10 +83,20 @@ def css_variables(dark: bool) -> str:
     return " ".join(f"{name}: {pair[dark]};" for name, pair in _variables().items())
 
 
+def is_narrow(width_in: float) -> bool:
+    """Whether a figure of this width is the phone's."""
+    return width_in < (WIDE_IN + NARROW_IN) / 2
+
+
+def latency_label(device: DeviceInfo) -> str:
+    """The words for an axis of latencies."""
+    return f"latency by the {device.name} table, ms ({device.kind})"
+
+
 @contextmanager
 def drawing_style() -> Iterator[None]:
     """Matplotlib settings to draw and to save under; the caller's are restored."""
-    style = {
+    settings: dict[str, Any] = {
         "axes.edgecolor": ink("edge"),
         "axes.labelcolor": ink("muted"),
         "axes.linewidth": 0.8,
@@ -102,7 +115,7 @@ def drawing_style() -> Iterator[None]:
         "ytick.color": ink("edge"),
         "ytick.labelcolor": ink("muted"),
     }
-    with mpl.rc_context(style):
+    with style.context(["default", settings]):  # not the user's matplotlibrc
         yield
 
 

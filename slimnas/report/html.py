@@ -21,7 +21,7 @@ from slimnas.report.figures import (
     save_figure,
 )
 from slimnas.report.pictures import architecture_figure, importance_figure, latency_figure
-from slimnas.report.plots import trajectory_figure, training_figure
+from slimnas.report.plots import off_scale, training_figure, trajectory_figure
 from slimnas.report.run import FoundNetwork, RunReport
 
 PAGE = "report.html"
@@ -41,12 +41,11 @@ class _Picture:
 
     def inline(self) -> Markup:
         """Both layouts for the page; CSS shows the one that fits."""
-        layouts = {"wide": WIDE_IN, "narrow": NARROW_IN}
-        parts = [
-            f'<div class="{layout}">{inline_svg(self.draw(width), f"{self.name}-{layout}", self.label)}</div>'
-            for layout, width in layouts.items()
-        ]
-        return Markup("".join(parts))  # noqa: S704  matplotlib escapes the text it draws
+        parts = []
+        for layout, width_in in (("wide", WIDE_IN), ("narrow", NARROW_IN)):
+            svg = inline_svg(self.draw(width_in), f"{self.name}-{layout}", self.label)
+            parts.append(f'<div class="{layout}">{svg}</div>')
+        return Markup("".join(parts))  # matplotlib has escaped the text it drew
 
 
 def write_report(report: RunReport, folder: Path) -> tuple[Path, ...]:
@@ -144,6 +143,7 @@ def _render(report: RunReport, pictures: list[_Picture]) -> str:
         steps=tables.step_rows(report),
         figures={picture.name: picture.inline() for picture in pictures},
         figure_files=[f"{FIGURES}/{p.name}.{kind}" for p in pictures for kind in ("svg", "png")],
+        off_scale=off_scale(report.trajectory),
         error_points=tables.standard_error_points(
             top1[0] if top1 else report.trajectory.top1, report.data.evaluated_images
         ),

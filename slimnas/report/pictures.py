@@ -6,9 +6,12 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from slimnas.arch.space import IDENTITY, SearchSpace
@@ -16,12 +19,13 @@ from slimnas.arch.walk import walk
 from slimnas.latency.estimate import Estimate
 from slimnas.report.figures import (
     HEAT_STEPS,
-    NARROW_IN,
     WIDE_IN,
     canvas,
     drawing_style,
     heat,
     ink,
+    is_narrow,
+    latency_label,
 )
 from slimnas.report.run import FoundNetwork, RunReport
 
@@ -55,11 +59,11 @@ def importance_figure(report: RunReport, width_in: float = WIDE_IN) -> Figure:
         if IDENTITY in space.stages[stage].choices
     }
     dropped = dropped_at(report)
-    narrow = _is_narrow(width_in)
+    narrow = is_narrow(width_in)
     columns = max(stage.slots for stage in space.stages)
     left, right = (42.0, 6.0) if narrow else (58.0, 76.0)
     cell = (width_in * 72 - left - right) / columns
-    height = 30.0 if cell > 30 else 27.0
+    height = 30.0
     with drawing_style():
         figure, axes = canvas(width_in, (34 + len(space.stages) * (height + 4) + 30) / 72)
         for slot in range(columns):
@@ -93,27 +97,35 @@ def dropped_at(report: RunReport) -> dict[tuple[int, int], int]:
 def architecture_figure(
     network: FoundNetwork, space: SearchSpace, width_in: float = WIDE_IN
 ) -> Figure:
-    """Stages as rows of blocks in slot order; identity slots ghosted; widths as gauges."""
-    narrow = _is_narrow(width_in)
+    """Stages as rows of blocks in slot order; identity slots ghosted; widths as gauges.
+
+    The height of a block grows with the square root of its stage's width.
+    """
+    narrow = is_narrow(width_in)
     total = width_in * 72
-    row = 66.0 if narrow else 54.0
-    left = 6.0 if narrow else 100.0
-    right = 6.0 if narrow else 112.0
+    row = 80.0 if narrow else 58.0
+    left, right = (16.0, 2.0) if narrow else (122.0, 112.0)
     slots = max(stage.slots for stage in space.stages) + 2
     pitch = min((total - left - right) / slots, 46.0)
+    latency = stage_latency(network.estimate)
+    first = 46.0 if narrow else 26.0
     with drawing_style():
-        figure, axes = canvas(width_in, (len(space.stages) * row + 30) / 72)
-        latency = stage_latency(network.estimate)
+        figure, axes = canvas(
+            width_in, (first + len(space.stages) * row - (16 if narrow else 4)) / 72
+        )
         for stage in range(len(space.stages)):
-            y = stage * row + (38 if narrow else 26)
-            _stage_label(axes, network, space, stage, (4.0, y), narrow=narrow)
-            gauge_x = total - 84 if narrow else total - right + 14
-            gauge_y = y - 26 if narrow else y
-            _width_gauge(axes, network, space, stage, _Box(gauge_x, gauge_y, 78, 4))
-            _stage_row(axes, network, space, stage, _Box(left, y - 12, pitch, 24))
+            middle = stage * row + first
+            _stage_label(axes, network, space, stage, middle, narrow=narrow)
+            gauge = _Box(total - 84, middle - 32 if narrow else middle, 78, 4)
+            _width_gauge(axes, network, space, stage, gauge)
             share = f"{latency.get(stage, 0.0):.3f} ms"
-            _text(axes, gauge_x + 78, gauge_y + 12, share, size=6.5, colour="muted", ha="right")
-        _architecture_key(axes, left, len(space.stages) * row + 20, narrow=narrow)
+            _text(axes, gauge.x + 78, gauge.y + 12, share, size=6.5, colour="muted", ha="right")
+            end = _stage_row(axes, network, space, stage, _Box(left, middle, pitch, 0))
+            if stage + 1 < len(space.stages):
+                _turn(axes, (end, middle), (left, middle + row), 24 if narrow else row / 2)
+        _architecture_key(
+            axes, left, first + len(space.stages) * row - (30 if narrow else 20), narrow=narrow
+        )
     return figure
 
 
@@ -121,51 +133,51 @@ def latency_figure(report: RunReport, network: FoundNetwork, width_in: float = W
     """Latency of each part of `network`, stacked by block type; a tick for the reference."""
     parts = latency_parts(network.estimate)
     reference = report.reference
-    marks = {} if reference is None else latency_parts(reference.estimate)
     names = list(parts)
-    sums = {name: sum(parts[name].values()) for name in names}
+    marks = {} if reference is None else latency_parts(reference.estimate)
     ticks = {name: sum(marks[name].values()) for name in names if name in marks}
-    narrow = _is_narrow(width_in)
-    total_ms = network.estimate.latency_ms
+    narrow = is_narrow(width_in)
+    left_in, top_in, bottom_in = 0.75, 0.62 if narrow else 0.5, 0.45
+    right_in = (1.55 if reference is not None else 0.95) * (1.0 if narrow else 1.2)
+    height_in = 0.29 * len(names) + top_in + bottom_in
     with drawing_style():
-        figure = Figure(figsize=(width_in, 0.3 * len(names) + 0.95))
-        height = figure.get_figheight()
-        left = 0.75 / width_in
-        axes = figure.add_axes((left, 0.45 / height, 1 - left - 0.03, (height - 0.85) / height))
+        figure = Figure(figsize=(width_in, height_in))
+        plot_in = (width_in - left_in - right_in, height_in - top_in - bottom_in)
+        axes = figure.add_axes(
+            (
+                left_in / width_in,
+                bottom_in / height_in,
+                plot_in[0] / width_in,
+                plot_in[1] / height_in,
+            )
+        )
         for place, name in enumerate(names):
             start = 0.0
             for kind, value_ms in parts[name].items():
                 axes.barh(place, value_ms, left=start, height=0.62, color=ink(kind))
                 start += value_ms
-            end = max(start, ticks.get(name, 0.0))
-            label = f"{sums[name]:.3f} ms · {100 * sums[name] / total_ms:.0f} %"
-            offset = {"xytext": (5, 0), "textcoords": "offset points"}
-            axes.annotate(label, (end, place), va="center", fontsize=7.5, **offset)
             if name in ticks:
-                axes.plot([ticks[name]] * 2, [place - 0.4, place + 0.4], color=ink("ink"), lw=1.4)
-        most = max([*sums.values(), *ticks.values()])
-        axes.set(xlim=(0, most * (1.5 if narrow else 1.22)), ylim=(len(names) - 0.4, -0.6))
+                axes.plot([ticks[name]] * 2, [place - 0.42, place + 0.42], color=ink("ink"), lw=1.4)
+        most = max([*(sum(kinds.values()) for kinds in parts.values()), *ticks.values()])
+        axes.set(xlim=(0, most * 1.02), ylim=(len(names) - 0.4, -0.6))
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(axis="y", length=0, labelcolor=ink("ink"))
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel(f"latency by the {report.device.name} table, ms ({report.device.kind})")
+        axes.set_xlabel(latency_label(report.device))
         axes.grid(axis="x")
         axes.set_axisbelow(True)
-        used = [kind for kind in PART_TYPES if any(kind in part for part in parts.values())]
-        handles = [Rectangle((0, 0), 1, 1, color=ink(k), label=PART_TYPES[k]) for k in used]
-        lines = axes.plot([], [], color=ink("ink"), lw=1.4) if reference is not None else []
-        for line in lines:
-            line.set_label(reference.architecture.name if reference is not None else "")
+        _latency_columns(axes, parts, ticks, right_in * 72)
         figure.legend(
-            handles=[*handles, *lines],
+            handles=_latency_handles(report, parts),
             loc="upper left",
-            bbox_to_anchor=(0.01 if narrow else left, 1.0),
+            bbox_to_anchor=(0.0 if narrow else left_in / width_in, 1.0),
             ncols=3 if narrow else 5,
             frameon=False,
             fontsize=7.5,
             handlelength=1.0,
+            handletextpad=0.5,
             columnspacing=1.2,
-            borderaxespad=0.2,
+            borderaxespad=0.0,
         )
     return figure
 
@@ -192,10 +204,6 @@ def stage_latency(estimate: Estimate) -> dict[int, float]:
         for name, kinds in parts.items()
         if name.startswith("stage ")
     }
-
-
-def _is_narrow(width_in: float) -> bool:
-    return width_in < (WIDE_IN + NARROW_IN) / 2
 
 
 def _text(
@@ -249,14 +257,19 @@ def _heat_cell(
     fill, text = heat(_heat_step(value, values))
     _box(axes, box, fill=fill, edge=fill)
     number = f"{value:.2f}" if value < 100 else f"{value:.0f}"
-    _text(axes, middle, box.y + box.height * 0.34, number, size=7.5 if box.width > 26 else 6.2, colour=text)
-    note = "kept" if dropped is None else f"out: {dropped}"
-    _text(axes, middle, box.y + box.height * 0.74, note, size=small - 0.5, colour=text)
+    _text(
+        axes,
+        middle,
+        box.y + box.height * 0.34,
+        number,
+        size=7.5 if box.width > 26 else 6.2,
+        colour=text,
+    )
+    note = "kept" if dropped is None else f"step {dropped}"
+    _text(axes, middle, box.y + box.height * 0.74, note, size=small, colour=text)
 
 
-def _heat_scale(
-    axes: Axes, values: Mapping[tuple[int, int], float], x: float, y: float
-) -> None:
+def _heat_scale(axes: Axes, values: Mapping[tuple[int, int], float], x: float, y: float) -> None:
     if not values:
         return
     low, high = min(values.values()), max(values.values())
@@ -272,20 +285,20 @@ def _stage_label(
     network: FoundNetwork,
     space: SearchSpace,
     stage: int,
-    at: tuple[float, float],
+    middle: float,
     *,
     narrow: bool,
 ) -> None:
-    x, y = at
-    shapes = [c.output for c in walk(network.architecture) if c.stage == stage and c.kind == "block"]
-    size = f"{shapes[0].height} × {shapes[0].width}"
+    blocks = (c for c in walk(network.architecture) if c.stage == stage and c.kind == "block")
+    shape = next(blocks).output
+    size = f"{shape.height} × {shape.width}"
     depth = f"{network.architecture.depths[stage]} of {space.stages[stage].slots} blocks"
     if narrow:
-        _text(axes, x, y - 24, f"Stage {stage + 1}", size=8.5, ha="left")
-        _text(axes, x + 42, y - 24, f"{size} px, {depth}", size=7, colour="muted", ha="left")
+        _text(axes, 12, middle - 36, f"Stage {stage + 1}", size=8.5, ha="left")
+        _text(axes, 52, middle - 36, f"{size}, {depth}", size=7, colour="muted", ha="left")
         return
-    _text(axes, x, y - 5, f"Stage {stage + 1}", size=9, ha="left")
-    _text(axes, x, y + 7, f"{size} px, {depth}", size=7, colour="muted", ha="left")
+    _text(axes, 4, middle - 5, f"Stage {stage + 1}", size=9, ha="left")
+    _text(axes, 4, middle + 7, f"{size}, {depth}", size=7, colour="muted", ha="left")
 
 
 def _width_gauge(
@@ -309,43 +322,110 @@ def _width_gauge(
 
 def _stage_row(
     axes: Axes, network: FoundNetwork, space: SearchSpace, stage: int, first: _Box
-) -> None:
-    """One row: entry (stem or downsample), a box per slot, and the head after the last stage."""
-    slots = network.selection.paths[stage]
-    last = stage == len(space.stages) - 1
-    pitch, middle = first.width, first.y + first.height / 2
-    end = first.x + (len(slots) + 1 + last) * pitch
-    axes.plot([first.x, end - 2], [middle, middle], color=ink("edge"), lw=1.0, zorder=0.5)
-    entry = _Box(first.x, first.y + 4, pitch - 4, first.height - 8)
-    _box(axes, entry, fill=ink("other" if stage == 0 else "down"), edge=ink("edge"))
-    caption = first.y + first.height + 7
-    name = "stem" if stage == 0 else "down"
-    _text(axes, first.x + (pitch - 4) / 2, caption, name, size=6.2, colour="muted")
-    for slot, choice in enumerate(slots):
-        box = _Box(first.x + (slot + 1) * pitch, first.y, pitch - 4, first.height)
+) -> float:
+    """Draw one row: stem or downsample, a box per slot, the head at the end of the last stage.
+
+    Args:
+        axes: where.
+        network: the network.
+        space: its search space.
+        stage: which stage.
+        first: left edge and middle of the row, and the distance between boxes.
+
+    Returns:
+        The right edge of the row.
+    """
+    entry = ("stem", "other", "on_other") if stage == 0 else ("down", "down", "ink")
+    boxes: list[tuple[str, str | None, str]] = [entry]
+    wide = first.width > 30
+    for choice in network.selection.paths[stage]:
         if choice == IDENTITY:
-            _box(axes, box, fill=ink("paper"), edge=ink("ghost"), dashed=True)
-            axes.plot([box.x, box.x + box.width], [middle, middle], color=ink("ghost"), lw=1.0)
+            boxes.append(("", None, "muted"))
+        else:
+            boxes.append((LABELS[choice][0 if wide else 2 :], choice, f"on_{choice}"))
+    if stage == len(space.stages) - 1:
+        boxes.append(("head", "other", "on_other"))
+    width = network.selection.widths[stage]
+    widest = max(part.width.max for part in space.stages)
+    height = 13 + 18 * math.sqrt(width / widest)
+    middle, gap = first.y, 4.0 if wide else 3.0
+    end = first.x + len(boxes) * first.width - gap
+    axes.plot([first.x, end], [middle, middle], color=ink("edge"), lw=1.0, zorder=0.5)
+    for place, (label, fill, text) in enumerate(boxes):
+        x = first.x + place * first.width
+        box = _Box(x, middle - height / 2, first.width - gap, height)
+        if fill is None:
+            _box(axes, box, fill=ink("paper"), edge=ink("edge"), dashed=True)
+            axes.plot([x, x + box.width], [middle, middle], color=ink("ghost"), lw=1.0)
             continue
-        _box(axes, box, fill=ink(choice), edge=ink(choice))
-        label = LABELS[choice] if box.width > 27 else LABELS[choice][2:]
-        size = 7.2 if box.width > 27 else 6.5
-        if box.width > 11:
-            _text(axes, box.x + box.width / 2, middle, label, size=size, colour=f"on_{choice}")
-    if last:
-        box = _Box(first.x + (len(slots) + 1) * pitch, first.y + 4, pitch - 4, first.height - 8)
-        _box(axes, box, fill=ink("other"), edge=ink("edge"))
-        _text(axes, box.x + box.width / 2, caption, "head", size=6.2, colour="muted")
+        _box(axes, box, fill=ink(fill), edge=ink(fill))
+        small = 4.4 * len(label) > box.width - 2  # at size 7.2
+        if box.width > 3.6 * len(label):
+            _text(axes, x + box.width / 2, middle, label, size=6.0 if small else 7.2, colour=text)
+    return end
+
+
+def _turn(axes: Axes, start: tuple[float, float], end: tuple[float, float], down: float) -> None:
+    """The way from the end of one row to the start of the next."""
+    (x, y), (next_x, next_y) = start, end
+    out, back = x + 5, next_x - 11
+    line: dict[str, Any] = {"color": ink("edge"), "lw": 1.0, "zorder": 0.4}
+    axes.plot([x, out, out, back, back, next_x], [y, y, y + down, y + down, next_y, next_y], **line)
+    axes.plot([next_x - 3.5], [next_y], marker=">", ms=4, color=ink("edge"), mew=0)
+
+
+def _latency_columns(
+    axes: Axes,
+    parts: Mapping[str, Mapping[str, float]],
+    ticks: Mapping[str, float],
+    room_pt: float,
+) -> None:
+    """Right of the bars: milliseconds, share of the network, and the reference's milliseconds."""
+    total_ms = sum(sum(kinds.values()) for kinds in parts.values())
+    columns = [("ms", {name: f"{sum(kinds.values()):.3f}" for name, kinds in parts.items()})]
+    shares = {name: f"{100 * sum(k.values()) / total_ms:.0f} %" for name, k in parts.items()}
+    columns.append(("share", shares))
+    if ticks:
+        last = "reference" if room_pt > 120 else "ref."
+        columns.append((last, {name: f"{value:.3f}" for name, value in ticks.items()}))
+    for index, (title, cells) in enumerate(columns, start=1):
+        style: dict[str, Any] = {
+            "xytext": (room_pt * index / len(columns) - 4, 0),
+            "textcoords": "offset points",
+            "xycoords": ("axes fraction", "data"),
+            "ha": "right",
+            "va": "center_baseline",
+        }
+        axes.annotate(title, (1.0, -0.85), fontsize=7, color=ink("muted"), **style)
+        colour = ink("muted" if index > 2 else "ink")
+        for place, name in enumerate(parts):
+            axes.annotate(cells.get(name, ""), (1.0, place), fontsize=7.5, color=colour, **style)
+
+
+def _latency_handles(report: RunReport, parts: Mapping[str, Mapping[str, float]]) -> list[Artist]:
+    used = [kind for kind in PART_TYPES if any(kind in kinds for kinds in parts.values())]
+    handles: list[Artist] = [
+        Rectangle((0, 0), 1, 1, color=ink(kind), label=PART_TYPES[kind]) for kind in used
+    ]
+    if report.reference is not None:
+        name = f"reference: {report.reference.architecture.name}"
+        line: dict[str, Any] = {"marker": "|", "ms": 9, "mew": 1.4, "ls": "", "color": ink("ink")}
+        handles.append(Line2D([], [], label=name, **line))
+    return handles
 
 
 def _architecture_key(axes: Axes, x: float, y: float, *, narrow: bool) -> None:
     entries: list[tuple[str, str | None]] = [
-        ("MB4D, convolution", "mb4d"),
-        ("MB3D, attention", "mb3d"),
+        ("MB4D (pooling)", "mb4d"),
+        ("MB3D (attention)", "mb3d"),
         ("slot not used", None),
     ]
     if not narrow:
-        entries += [("downsample", "down"), ("stem, head", "other"), ("width in its range", "width")]
+        entries += [
+            ("downsample", "down"),
+            ("stem, head", "other"),
+            ("width in its range", "width"),
+        ]
     for words, colour in entries:
         box = _Box(x, y - 4, 10, 8)
         if colour is None:
@@ -353,4 +433,4 @@ def _architecture_key(axes: Axes, x: float, y: float, *, narrow: bool) -> None:
         else:
             _box(axes, box, fill=ink(colour), edge=ink(colour))
         _text(axes, x + 14, y, words, size=7, colour="muted", ha="left")
-        x += 24 + 3.9 * len(words)
+        x += 24 + 4.3 * len(words)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from slimnas.arch.space import IDENTITY
-from slimnas.report.figures import NARROW_IN, WIDE_IN, drawing_style, ink
+from slimnas.report.figures import WIDE_IN, drawing_style, ink, is_narrow, latency_label
 from slimnas.report.run import RunReport
 from slimnas.search.actions import Action
 from slimnas.search.trajectory import Trajectory
@@ -23,8 +25,22 @@ KINDS = {
 }
 LANE_IN = 0.17
 LABEL_GAP_PT = 11.0
+LINE_PT = 11.0
+CHARACTER_PT = 4.8
+"""Width of a character of a label in DejaVu Sans, the widest of the fonts it may be shown in."""
+
 FLOOR_POINTS = 2.0
 """The accuracy axis reaches at least this far below the path, in percentage points."""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A vertical line of the trajectory and its label, `line` lines above the plot."""
+
+    latency_ms: float
+    text: str
+    colour: str
+    line: int
 
 
 def action_kind(action: Action) -> str:
@@ -38,26 +54,33 @@ def trajectory_figure(report: RunReport, width_in: float = WIDE_IN) -> Figure:
     """Accuracy against latency, every step and candidate; below, a lane per kind of action."""
     trajectory = report.trajectory
     lanes = _lanes(trajectory)
-    narrow = width_in < (WIDE_IN + NARROW_IN) / 2
-    top_in, plot_in, gap_in, bottom_in = 0.62, 3.0 if narrow else 3.5, 0.12, 0.5
+    narrow = is_narrow(width_in)
+    left_in, right_in = 1.02, 0.15
+    span_in = width_in - left_in - right_in
+    marks = _marks(report, span_in * 72)
+    legend_in = 0.36 if narrow else 0.24
+    top_in = legend_in + 0.08 + LINE_PT * (1 + max((m.line for m in marks), default=0)) / 72
+    plot_in, gap_in, bottom_in = 3.0 if narrow else 3.6, 0.12, 0.5
     lane_in = max(len(lanes), 1) * LANE_IN + 0.1
     height_in = top_in + plot_in + gap_in + lane_in + bottom_in
-    left, span = 1.02 / width_in, (width_in - 1.02 - 0.15) / width_in
+    left, span = left_in / width_in, span_in / width_in
     with drawing_style():
         figure = Figure(figsize=(width_in, height_in))
-        main = figure.add_axes((left, 1 - (top_in + plot_in) / height_in, span, plot_in / height_in))
+        main = figure.add_axes(
+            (left, 1 - (top_in + plot_in) / height_in, span, plot_in / height_in)
+        )
         below = figure.add_axes((left, bottom_in / height_in, span, lane_in / height_in))
         _frame_trajectory(main, below, report)
         _draw_candidates(main, trajectory)
         _draw_path(main, trajectory)
-        _draw_targets(main, below, report, LABEL_GAP_PT)
+        _draw_marks(main, below, marks)
+        _draw_found(main, report)
         _draw_lanes(below, trajectory, lanes)
         _number_steps(main, report)
-        handles = _legend(trajectory)
         figure.legend(
-            handles=handles,
+            handles=_legend(trajectory),
             loc="upper left",
-            bbox_to_anchor=(0.02 if narrow else left, 1.0),
+            bbox_to_anchor=(0.0 if narrow else left, 1.0),
             ncols=3 if narrow else 5,
             frameon=False,
             fontsize=7.5,
@@ -66,6 +89,12 @@ def trajectory_figure(report: RunReport, width_in: float = WIDE_IN) -> Figure:
             borderaxespad=0.0,
         )
     return figure
+
+
+def off_scale(trajectory: Trajectory) -> int:
+    """How many candidates lie below the plotted range of `trajectory_figure`."""
+    floor = _top1_limits(trajectory)[0]
+    return sum(c.top1 < floor for step in trajectory.steps for c in step.candidates)
 
 
 def training_figure(
@@ -83,11 +112,13 @@ def training_figure(
     ]
     if not panels:
         return None
-    narrow = width_in < (WIDE_IN + NARROW_IN) / 2
+    narrow = is_narrow(width_in)
     columns = 1 if narrow else len(panels)
     rows = len(panels) if narrow else 1
     with drawing_style():
-        figure = Figure(figsize=(width_in, 1.7 * rows + 0.3 if narrow else 2.4), layout="constrained")
+        figure = Figure(
+            figsize=(width_in, 1.7 * rows + 0.3 if narrow else 2.4), layout="constrained"
+        )
         for index, (_, title, colour, points) in enumerate(panels, start=1):
             axes = figure.add_subplot(rows, columns, index)
             steps, values = zip(*points, strict=True)
@@ -122,28 +153,36 @@ def _lane_name(lane: tuple[str, int]) -> str:
     return "MB3D to MB4D" if kind == "remove_attention" else f"width, stage {stage + 1}"
 
 
-def _frame_trajectory(main: Axes, below: Axes, report: RunReport) -> None:
+def _latency_limits(report: RunReport) -> tuple[float, float]:
     latencies = [latency_ms for _, latency_ms, _ in report.trajectory.states]
-    marked = [*latencies, *(network.target_ms for network in report.found)]
+    latencies += [network.target_ms for network in report.found]
     if report.reference is not None:
-        marked.append(report.reference.estimate.latency_ms)
-    pad = 0.04 * (max(marked) - min(marked)) or 0.05 * marked[0]
-    path = [top1 for _, _, top1 in report.trajectory.states]
-    below_path = max(FLOOR_POINTS, 0.8 * (max(path) - min(path)))
-    weighed = [c.top1 for step in report.trajectory.steps for c in step.candidates]
-    low = max(min([*path, *weighed]), min(path) - below_path)
-    high = max([*path, *weighed])
+        latencies.append(report.reference.estimate.latency_ms)
+    low, high = min(latencies), max(latencies)
+    pad = 0.04 * (high - low) or 0.05 * high
+    return low - pad, high + pad
+
+
+def _top1_limits(trajectory: Trajectory) -> tuple[float, float]:
+    """Room for the path; candidates far below it do not squeeze it flat."""
+    path = [top1 for _, _, top1 in trajectory.states]
+    weighed = [c.top1 for step in trajectory.steps for c in step.candidates]
+    reach = max(FLOOR_POINTS, 0.8 * (max(path) - min(path)))
+    low, high = max(min([*path, *weighed]), min(path) - reach), max([*path, *weighed])
     margin = 0.06 * max(high - low, 1.0)
+    return low - margin, high + 2 * margin
+
+
+def _frame_trajectory(main: Axes, below: Axes, report: RunReport) -> None:
     for axes in (main, below):
-        axes.set_xlim(min(marked) - pad, max(marked) + pad)
-    main.set_ylim(low - margin, high + 2 * margin)
+        axes.set_xlim(*_latency_limits(report))
+        axes.set_axisbelow(True)
+    main.set_ylim(*_top1_limits(report.trajectory))
     main.grid()
-    main.set_axisbelow(True)
     main.tick_params(labelbottom=False, length=0)
     main.set_ylabel("top-1 on SEARCH split, %")
     below.grid(axis="x")
-    below.set_axisbelow(True)
-    below.set_xlabel(f"latency by the {report.device.name} table, ms ({report.device.kind})")
+    below.set_xlabel(latency_label(report.device))
 
 
 def _draw_candidates(axes: Axes, trajectory: Trajectory) -> None:
@@ -178,53 +217,55 @@ def _draw_path(axes: Axes, trajectory: Trajectory) -> None:
     latencies = [latency_ms for _, latency_ms, _ in trajectory.states]
     top1 = [accuracy for _, _, accuracy in trajectory.states]
     axes.plot(latencies, top1, color=ink("edge"), lw=1.2, zorder=3)
-    axes.plot(
-        latencies[:1], top1[:1], marker="*", ms=10, color=ink("ink"), ls="", mew=0, zorder=5
-    )
+    axes.plot(latencies[:1], top1[:1], marker="*", ms=10, color=ink("ink"), ls="", mew=0, zorder=5)
     size = 5.0 if len(trajectory.steps) <= 30 else 3.8
     for step in trajectory.steps:
         _, colour, marker = KINDS[action_kind(step.taken)]
-        style = {"color": ink(colour), "mec": ink("paper"), "mew": 0.5, "zorder": 4}
+        style: dict[str, Any] = {"color": ink(colour), "mec": ink("paper"), "mew": 0.5, "zorder": 4}
         axes.plot([step.latency_ms], [step.top1], marker=marker, ms=size, **style)
 
 
-def _draw_targets(main: Axes, below: Axes, report: RunReport, line_pt: float) -> None:
-    marks = [(n.target_ms, f"target {n.target_ms:g} ms", "target") for n in report.found]
+def _marks(report: RunReport, span_pt: float) -> list[_Mark]:
+    """Targets and reference as vertical lines, their labels on lines that do not collide."""
+    named = [(n.target_ms, f"target {n.target_ms:g} ms", "target") for n in report.found]
     if report.reference is not None:
         name = report.reference.architecture.name
-        marks.append((report.reference.estimate.latency_ms, name, "muted"))
-    ends: list[float] = []  # right end of the last label on each line, in points
-    points = 72 / main.figure.dpi
-    for latency_ms, text, colour in sorted(marks):
-        dashes = (0, (5, 3)) if colour == "target" else (0, (1, 2))
+        named.append((report.reference.estimate.latency_ms, name, "muted"))
+    low, high = _latency_limits(report)
+    ends: list[float] = []  # right end of the last label on each line
+    marks = []
+    for latency_ms, text, colour in sorted(named):
+        middle = (latency_ms - low) / (high - low) * span_pt
+        half = CHARACTER_PT * len(text) / 2
+        line = next((i for i, end in enumerate(ends) if middle - half > end + 4), len(ends))
+        ends[line : line + 1] = [middle + half]
+        marks.append(_Mark(latency_ms, text, colour, line))
+    return marks
+
+
+def _draw_marks(main: Axes, below: Axes, marks: Sequence[_Mark]) -> None:
+    for mark in marks:
+        dashes = (0, (5, 3)) if mark.colour == "target" else (0, (1, 2))
         for axes in (main, below):
-            axes.axvline(latency_ms, color=ink(colour), lw=1.2, ls=dashes, zorder=1)
-        x = main.transData.transform((latency_ms, 0.0))[0] * points
-        half = 2.3 * len(text)
-        line = next((i for i, end in enumerate(ends) if x - half > end + 4), len(ends))
-        ends[line : line + 1] = [x + half]
+            axes.axvline(mark.latency_ms, color=ink(mark.colour), lw=1.2, ls=dashes, zorder=1)
         main.annotate(
-            text,
-            (latency_ms, 1.0),
+            mark.text,
+            (mark.latency_ms, 1.0),
             xycoords=("data", "axes fraction"),
-            xytext=(0, 3 + line * line_pt),
+            xytext=(0, 3 + mark.line * LINE_PT),
             textcoords="offset points",
             ha="center",
             va="bottom",
             fontsize=7.5,
-            color=ink(colour),
+            color=ink(mark.colour),
         )
+
+
+def _draw_found(axes: Axes, report: RunReport) -> None:
+    ring: dict[str, Any] = {"marker": "o", "ms": 11, "mfc": "none", "mew": 1.5, "ls": ""}
     for network in report.found:
-        main.plot(
-            [network.estimate.latency_ms],
-            [network.search_top1],
-            marker="o",
-            ms=11,
-            mfc="none",
-            mec=ink("target"),
-            mew=1.5,
-            zorder=6,
-        )
+        at = ([network.estimate.latency_ms], [network.search_top1])
+        axes.plot(*at, color=ink("target"), zorder=6, **ring)
 
 
 def _draw_lanes(axes: Axes, trajectory: Trajectory, lanes: list[tuple[str, int]]) -> None:
@@ -256,9 +297,9 @@ def _number_steps(axes: Axes, report: RunReport) -> None:
             axes.annotate(
                 str(step),
                 states[step][1:],
-                xytext=(0, 8 if bold else 5),
+                xytext=(-7, 4) if bold else (0, 5),
                 textcoords="offset points",
-                ha="center",
+                ha="right" if bold else "center",
                 va="bottom",
                 fontsize=8 if bold else 6.5,
                 color=ink("target" if bold else "ink"),
@@ -274,5 +315,5 @@ def _legend(trajectory: Trajectory) -> list[Line2D]:
         for kind, (words, colour, marker) in KINDS.items()
         if kind in taken
     ]
-    other = {"marker": ".", "ms": 6, "color": ink("muted"), "ls": "", "alpha": 0.6}
+    other: dict[str, Any] = {"marker": ".", "ms": 6, "color": ink("muted"), "ls": "", "alpha": 0.6}
     return [*handles, Line2D([], [], label="weighed, not taken", **other)]

@@ -113,10 +113,10 @@ def giga(value: float) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    """The interval of a total with its level: `1.42 to 1.71 (90 %)`."""
+    """The interval of a total with its level: `1.42 to 1.71 ms (90 %)`."""
     low, high = estimate.interval_ms
     level = "no stated level" if estimate.level is None else f"{100 * estimate.level:.0f} %"
-    return f"{fixed(low, 2)} to {fixed(high, 2)} ({level})"
+    return f"{fixed(low, 2)} to {fixed(high, 2)} ms ({level})"
 
 
 def standard_error_points(top1: float, images: int) -> float | None:
