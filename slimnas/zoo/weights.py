@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from slimnas.zoo.convert import convert_state_dict
 from slimnas.zoo.state import check_state
 
 SCHEMA = "slimnas/weights/1"
+METADATA = "slimnas"
 _PICKLED = {".pt", ".pth", ".bin"}
 _WRAPPERS = ("model", "state_dict")
 
@@ -34,13 +36,10 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], architecture: Ar
     checked = check_state(state, architecture, source="weights to save")
     # safetensors refuses tensors that share memory; copies on the CPU never do.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in checked.items()}
-    metadata = {
-        "schema": SCHEMA,
-        "architecture": architecture.digest,
-        "slimnas": slimnas.__version__,
-    }
+    made = {"schema": SCHEMA, "architecture": architecture.digest, "version": slimnas.__version__}
     with atomic_path(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata)
+        # One metadata key: safetensors writes several in random order, and files would differ.
+        save_file(tensors, temporary, {METADATA: json.dumps(made)})
 
 
 def load_weights(path: str | Path, architecture: Architecture) -> dict[str, Tensor]:
@@ -53,8 +52,8 @@ def load_weights(path: str | Path, architecture: Architecture) -> dict[str, Tens
         WeightsError: the file is missing, damaged, or holds the weights of something else.
     """
     path = Path(path)
-    state, metadata = _read(path)
-    digest = metadata.get("architecture")
+    state, made = _read(path)
+    digest = made.get("architecture")
     if digest is not None and digest != architecture.digest:
         raise WeightsError(
             f"{path}: saved for another architecture (digest {digest[:12]}) than "
@@ -64,16 +63,16 @@ def load_weights(path: str | Path, architecture: Architecture) -> dict[str, Tens
     return convert_state_dict(state, architecture, source=str(path))
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected weights (.safetensors or .pth)")
     try:
         if path.suffix in _PICKLED:
             return _unwrapped(torch.load(path, map_location="cpu", weights_only=True), path), {}
         with safetensors.safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        return load_file(path), metadata
-    except safetensors.SafetensorError as error:
+            made = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
+        return load_file(path), made
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path}: damaged or not safetensors ({_line(error)})") from error
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{path}: cannot be read as weights ({_line(error)})") from error

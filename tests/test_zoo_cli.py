@@ -1,0 +1,124 @@
+"""`slimnas zoo` from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from slimnas.arch.architecture import Architecture
+from slimnas.cli.zoo import app
+from slimnas.errors import WeightsError
+from slimnas.nn.build import Network, build
+from slimnas.zoo.entry import save_model
+from slimnas.zoo.metrics import Metric
+from slimnas.zoo.registry import add
+
+METRICS = {"digits_top1": Metric(0.97, "slimnas evaluate, 360 test images")}
+TINY = Architecture.from_dict(
+    {
+        "schema": "slimnas/architecture/1",
+        "name": "tiny",
+        "input": {"resolution": 32},
+        "stem": {"type": "conv_stem", "width": 4},
+        "stages": [
+            {"width": 4, "blocks": [{"type": "mb4d"}]},
+            {
+                "width": 6,
+                "downsample": {"type": "conv3x3"},
+                "blocks": [{"type": "mb3d", "heads": 2, "qk_dim": 3, "v_dim": 4}],
+            },
+        ],
+        "head": {"type": "linear", "classes": 10, "distilled": True},
+        "provenance": {"source": "made in a test"},
+    }
+)
+
+
+def trained(seed: int = 0) -> Network:
+    network = build(TINY, seed=seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1)
+    return network.eval()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs" / "first"
+    save_model(folder, architecture=TINY, weights=trained().state_dict(), metrics=METRICS)
+    return folder
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    return tmp_path / "zoo"
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def test_cli_list(zoo: Path, run: Path) -> None:
+    add(run, name="mine", zoo=zoo)
+    add(run, name="broken", zoo=zoo)
+    (zoo / "broken" / "architecture.yaml").write_text("schema: other\n")
+    result = invoke("list", "--json", "--zoo", zoo)
+    entries = json.loads(result.stdout)["entries"]
+    assert [entry["name"] for entry in entries] == [
+        "efficientformer_l1",
+        "efficientformer_l3",
+        "efficientformer_l7",
+        "mine",
+    ]
+    assert entries[0]["params"] == 12_289_928
+    assert entries[0]["macs"] == 1_291_284_736
+    assert {entry["source"] for entry in entries} == {"built-in", "zoo"}
+    assert "skipped" in result.stderr
+    plain = invoke("list", "--zoo", zoo).stdout
+    assert "12,289,928" in plain
+
+
+def test_cli_show(run: Path) -> None:
+    shown = json.loads(invoke("show", run, "--json").stdout)
+    assert Architecture.from_dict(shown["architecture"]) == TINY
+    assert shown["metrics"]["digits_top1"]["value"] == 0.97
+    plain = invoke("show", run).stdout
+    assert "digits_top1: 0.97 (slimnas evaluate, 360 test images)" in plain
+
+
+def test_cli_add_then_export(zoo: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(zoo.parent)
+    added = json.loads(invoke("add", run, "--name", "mine", "--zoo", zoo, "--json").stdout)
+    assert added == {"name": "mine", "folder": "zoo/mine"}
+    result = json.loads(invoke("export", "mine", "--zoo", zoo, "--json").stdout)
+    assert result["file"] == "zoo/mine/exports/mine.onnx"
+    assert result["trained"]
+    assert 0 <= result["max_abs_difference"] < 1e-4
+    session = onnxruntime.InferenceSession(result["file"], providers=["CPUExecutionProvider"])
+    x = torch.randn(1, 3, 32, 32)
+    (got,) = session.run(None, {"image": x.numpy()})
+    with torch.inference_mode():
+        np.testing.assert_allclose(got, trained()(x).numpy(), atol=1e-4)
+
+
+def test_cli_export_untrained_to_a_file(tmp_path: Path) -> None:
+    TINY.save(tmp_path / "tiny.yaml")
+    output = tmp_path / "out" / "net.onnx"
+    result = invoke("export", tmp_path / "tiny.yaml", "--untrained", "--output", output)
+    assert result.stdout.startswith("ok: ")
+    assert output.is_file()
+    with pytest.raises(WeightsError, match="no weights beside"):
+        invoke("export", tmp_path / "tiny.yaml", "--output", output)
+
+
+def test_cli_usage_errors(run: Path) -> None:
+    result = invoke("export", run, "--untrained", "--weights", run / "weights.safetensors")
+    assert result.exit_code == 2
+    assert invoke("export", run, "--format", "tflite").exit_code == 2
