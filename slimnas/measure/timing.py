@@ -2,7 +2,8 @@
 
 A round times every term of an entry in shuffled order, with the reference network before and
 after. When the reference is further than `max_drift` from its running median, the machine was
-doing something else: the whole round is rejected, never a single sample, and repeated.
+doing something else: the whole round is rejected, never a single sample, and repeated. Every
+rejected round stays in the journal.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Protocol:
         visit_ms: how long one network is timed in one round.
         sample_ms: least duration of one sample; fast networks run several times in it.
         settled: warm-up ends when medians of neighbouring windows differ by less, as a share.
+        patience_s: how long to wait for a round that is accepted.
         warm_up_ms: longest warm-up of one network.
         chains: lengths of the two chains of a block.
         precision: standard error of a price, as a share, above which an entry is visited again.
@@ -64,6 +66,7 @@ class Protocol:
     sample_ms: float = 1.0
     settled: float = 0.01
     warm_up_ms: float = 400.0
+    patience_s: float = 60.0
     chains: tuple[int, int] = (1, 4)
     precision: float = 0.03
     extra_passes: int = 3
@@ -88,8 +91,9 @@ class Protocol:
         short, long = self.chains
         clock = "wall clock" if self.clock == "wall" else "CPU time of the one thread"
         return (
-            f"{clock}; blocks by differencing chains of {long} and {short} copies, other components by "
-            f"differencing networks with and without them; BN folded; {self.passes} passes of "
+            f"{clock}; blocks by differencing chains of {long} and {short} copies, other "
+            "components by differencing networks with and without them; BN folded; "
+            f"{self.passes} passes of "
             f"{self.rounds} rounds in shuffled order, a reference network around each; rounds "
             f"with a reference more than {100 * self.max_drift:g} % from its running median "
             "rejected, the others scaled by it; median over rounds, spread is the IQR"
@@ -106,7 +110,8 @@ class Round:
 
     Attributes:
         reference_ms: the reference's median before and after.
-        samples_ms: per term, milliseconds per call of every sample.
+        samples_ms: per term, milliseconds per call of every sample; empty in a round that was
+            given up before them.
         accepted: whether the reference stood still.
     """
 
@@ -173,30 +178,43 @@ class Stopwatch:
             rng: gives the order within rounds.
 
         Raises:
-            LatencyTableError: the machine is too busy: three rounds of four were rejected.
+            LatencyTableError: the machine is too busy: no round was accepted for `patience_s`.
         """
         repeats = [self._warm_up(call) for call in calls]
         done: list[Round] = []
-        for _ in range(4 * self.protocol.rounds):
+        wall = self._clocks.wall
+        quiet = wall()
+        while sum(one.accepted for one in done) < self.protocol.rounds:
             done.append(self._round(calls, repeats, rng))
-            if sum(one.accepted for one in done) == self.protocol.rounds:
-                return tuple(done)
-        raise LatencyTableError(
-            f"{name}: the reference network was more than {100 * self.protocol.max_drift:g} % from "
-            f"its running median in {sum(not one.accepted for one in done)} of {len(done)} rounds; "
-            "the machine is too busy: free it and start the same command again, it goes on here; "
-            "where it is never free, measure on one thread with --clock cpu"
-        )
+            if done[-1].accepted:
+                quiet = wall()
+            elif wall() - quiet > self.protocol.patience_s:
+                raise LatencyTableError(self._too_busy(name))
+        return tuple(done)
 
     def _round(self, calls: Sequence[Call], repeats: Sequence[int], rng: random.Random) -> Round:
-        order = rng.sample(range(len(calls)), len(calls))
         before = self._pace()
-        samples = {i: self._visit(calls[i], repeats[i]) for i in order}
-        after = self._pace()
-        usual = median(self._paces)
-        accepted = all(abs(pace / usual - 1) <= self.protocol.max_drift for pace in (before, after))
-        self._paces.extend((before, after))  # rejected ones too: a lasting change is followed
-        return Round((before, after), tuple(samples[i] for i in range(len(calls))), accepted)
+        steady = self._is_usual(before)
+        samples = {}
+        if steady:  # else the round is lost already
+            for i in rng.sample(range(len(calls)), len(calls)):
+                samples[i] = self._visit(calls[i], repeats[i])
+        after = self._pace() if steady else before
+        accepted = steady and self._is_usual(after)
+        # Unusual paces count too, so that a lasting change is followed.
+        self._paces.extend((before, after) if steady else (before,))
+        return Round((before, after), tuple(samples[i] for i in sorted(samples)), accepted)
+
+    def _is_usual(self, pace: float) -> bool:
+        return abs(pace / median(self._paces) - 1) <= self.protocol.max_drift
+
+    def _too_busy(self, name: str) -> str:
+        return (
+            f"{name}: the reference network stayed more than {100 * self.protocol.max_drift:g} % "
+            f"off its running median for {self.protocol.patience_s:g} s; the machine is too busy: "
+            "free it and start the same command again, it goes on here; where it is never free, "
+            "measure on one thread with --clock cpu"
+        )
 
     def _pace(self) -> float:
         return median(self._visit(self._reference, self._reference_repeat))

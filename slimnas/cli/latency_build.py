@@ -1,0 +1,143 @@
+"""`slimnas latency build`: measure the latency table of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from slimnas.measure.build import BuiltTable, Progress
+
+
+class Backend(str, Enum):
+    """Runtimes a table can be measured with."""
+
+    ONNXRUNTIME = "onnxruntime"
+    TORCH = "torch"
+
+
+class Clock(str, Enum):
+    """What tells the time."""
+
+    WALL = "wall"
+    CPU = "cpu"
+
+
+def build(
+    device: Annotated[str, typer.Option(help="Name for this machine's table.")] = "local",
+    backend: Annotated[Backend, typer.Option(help="Inference runtime.")] = Backend.ONNXRUNTIME,
+    space: Annotated[
+        str, typer.Option(help="Search space to cover: a shipped name or a .yaml file.")
+    ] = "efficientformer_tiny",
+    output: Annotated[
+        Path | None, typer.Option(help="The table's folder; else lookup_tables/DEVICE.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads per call.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Accepted rounds per entry and pass.")] = 6,
+    clock: Annotated[
+        Clock, typer.Option(help="cpu: for one thread on a machine that is never idle.")
+    ] = Clock.WALL,
+    seed: Annotated[int, typer.Option(help="Seed of orders and of the random networks.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a finished table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Measure a latency table on this machine, some minutes for efficientformer_tiny.
+
+    Interrupted, even killed, the same command goes on where it stopped.
+
+    Example: slimnas latency build --device local --backend onnxruntime
+    """
+    from slimnas.arch.space import SearchSpace
+    from slimnas.latency.devices import table_folders
+    from slimnas.measure.build import BuildJob, build_table
+    from slimnas.measure.timing import Protocol
+    from slimnas.runtimes.registry import get_runtime
+
+    job = BuildJob(
+        output=output or table_folders()[0] / device,
+        space=SearchSpace.load(space),
+        protocol=Protocol(clock=clock.value, rounds=rounds, seed=seed),
+        force=force,
+    )
+    runtime = get_runtime(backend.value, threads=threads)
+    try:
+        with _progress_bar() as progress:
+            built = build_table(job, runtime, progress=progress)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; what was timed is kept in {job.output}, the same command goes on there",
+            err=True,
+        )
+        raise
+    if as_json:
+        typer.echo(json.dumps(_summary(built)))
+    else:
+        _print_table(built)
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, planned: int, what: str) -> None:
+            bar.update(task, completed=done, total=planned, description=what)
+
+        yield show
+
+
+def _summary(built: BuiltTable) -> dict[str, Any]:
+    info = built.table.device
+    figure = info.errors[0].model_dump() if info.errors else {}
+    networks = [
+        {
+            "architecture": check.architecture.digest,
+            "predicted_ms": check.predicted_ms,
+            "measured_ms": check.measured_ms,
+        }
+        for check in built.held_out
+    ]
+    return {
+        "device": {"name": info.name, "kind": info.kind},
+        "rows": len(built.table.rows),
+        "path": _shown(built.path),
+        "held_out": {**figure, "architectures": networks},
+    }
+
+
+def _print_table(built: BuiltTable) -> None:
+    from slimnas.latency.devices import provenance_line
+
+    if built.resumed:
+        typer.echo(f"went on after {built.resumed} visits of an interrupted build", err=True)
+    for check in built.held_out:
+        typer.echo(
+            f"held-out network: predicted {check.predicted_ms:.3f} ms, measured "
+            f"{check.measured_ms:.3f} ms ({100 * check.error:+.1f} %)"
+        )
+    typer.echo(provenance_line(built.table))
+    typer.echo(f"{len(built.table.rows)} rows written to {_shown(built.path)}")
+
+
+def _shown(path: Path) -> str:
+    """The path relative to the working directory, if it lies in it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

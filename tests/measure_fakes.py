@@ -1,0 +1,86 @@
+"""A simulated machine: networks cost what they are said to, and time passes only by running."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from slimnas.arch.space import SearchSpace
+from slimnas.arch.walk import component_cost
+from slimnas.measure.plan import Parts
+from slimnas.measure.timing import Call, Clocks
+
+CALL_MS = 0.004
+
+SMALL_SPACE = """\
+schema: slimnas/search-space/1
+name: small
+input: {channels: 3, resolution: 64}
+stages:
+- {width: {min: 16, max: 48, step: 16}, slots: 2, choices: [mb4d, identity]}
+- width: {min: 32, max: 96, step: 16}
+  slots: 2
+  choices: [mb4d, mb3d, identity]
+  downsample: {type: conv3x3}
+head: {type: linear, classes: 10}
+"""
+
+
+def small_space() -> SearchSpace:
+    return SearchSpace.from_yaml(SMALL_SPACE)
+
+
+def cost_ms(parts: Parts) -> float:
+    """What a network of `parts` takes: a call, and per component a share of its MACs."""
+    return CALL_MS + sum(part_ms(part) for part in parts)
+
+
+def part_ms(part: object) -> float:
+    return 0.003 + component_cost(part).macs / 20e6  # type: ignore[arg-type]
+
+
+@dataclass
+class FakeMachine:
+    """Time, and a loader of networks that spend it.
+
+    Attributes:
+        pace: how much slower everything is at a time in seconds.
+        noise: relative standard deviation of one call.
+        fail_after: loads after which loading raises, as a kill would stop it.
+    """
+
+    pace: Callable[[float], float] = lambda _: 1.0
+    noise: float = 0.0
+    threads: int = 1
+    fail_after: int | None = None
+    now: float = 100.0
+    loads: int = 0
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    @property
+    def clocks(self) -> Clocks:
+        return Clocks(lambda: self.now, lambda: self.now, lambda: self.now * self.threads)
+
+    def spend(self, ms: float) -> None:
+        self.now += ms * self.pace(self.now) * (1 + abs(self.rng.gauss(0, self.noise))) / 1e3
+
+    def loader(self, parts: Parts) -> Call:
+        self.loads += 1
+        if self.fail_after is not None and self.loads > self.fail_after:
+            raise KeyboardInterrupt
+        ms = cost_ms(parts)
+        return lambda: self.spend(ms)
+
+
+@dataclass(frozen=True)
+class FakeRuntime:
+    """Says what it is; a `FakeMachine` loads in its place."""
+
+    threads: int = 1
+    name: str = "fake"
+    version: str = "1"
+    compute_unit: str = "cpu"
+
+    def load(self, module: object, example: object) -> None:  # pragma: no cover
+        raise AssertionError("the fake machine loads networks")
