@@ -119,15 +119,17 @@ def test_classes_are_interpolated() -> None:
 
 def test_beyond_the_rows_is_refused_unless_asked_for() -> None:
     components = list(space_components(SPACE))
-    table = table_for(components, lambda key: key.component != "block" or key.width_in < 48)
+    table = table_for(
+        components,
+        lambda key: key.component != "block" or key.resolution != "16x16" or key.width_in < 48,
+    )
     network = SPACE.architecture(SPACE.largest())
     with pytest.raises(
-        MissingLatencyError, match="no price for stages.0.blocks.0: block mb4d"
+        MissingLatencyError, match=r"no price for stages\.0\.blocks\.0: block mb4d"
     ) as e:
         estimate(network, table)
     assert "nearest row: block mb4d ffn_dim=128 32->32 @ 16x16" in str(e.value)
     assert "slimnas latency build --device bench" in str(e.value)
-    assert "and 2 more" in str(e.value)
     assert "\n" not in str(e.value)
     with pytest.raises(MissingLatencyError, match="no price"):
         latency_ms(network, table)

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimnas.cli.latency_build import build
+
 if TYPE_CHECKING:
     from slimnas.latency.estimate import Estimate
     from slimnas.latency.table import DeviceInfo, LatencyTable
 
 app = typer.Typer(no_args_is_help=True, help="Latency tables: show, estimate, measure.")
+app.command()(build)
 
 DeviceName = Annotated[str, typer.Argument(help="Name of a latency table, or its folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

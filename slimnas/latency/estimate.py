@@ -195,12 +195,15 @@ def _interval_ms(
 
 
 def _missing_line(missing: list[tuple[str, PriceKey]], table: LatencyTable, what: str) -> str:
+    first: dict[PriceKey, str] = {}
+    for name, key in missing:
+        first.setdefault(key, name)
     named = []
-    for name, key in missing[:NAMED]:
+    for key, name in list(first.items())[:NAMED]:
         nearest = table.prices.nearest(key)
         closest = f"nearest row: {nearest.key}" if nearest else "no row of that type"
         named.append(f"{name + ': ' if name else ''}{key} ({closest})")
-    more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    more = f" and {len(first) - NAMED} more" if len(first) > NAMED else ""
     device = table.device.name
     remedy = f"measure them with 'slimnas latency build --device {device}'"
     if table.device.kind == "estimated":
