@@ -127,15 +127,12 @@ def sample_report(
                 folder=f"runs/tiny-1.6ms/{target_ms:g}ms",
             )
         )
-    l1 = Selection(
-        (48, 96, 224, 448),
-        (
-            ("mb4d",) * 3 + ("identity",),
-            ("mb4d",) * 2 + ("identity",),
-            ("mb4d",) * 6 + ("identity",) * 2,
-            ("mb4d",) * 3 + ("mb3d", "identity"),
-        ),
+    blocks = (["mb4d"] * 3, ["mb4d"] * 2, ["mb4d"] * 6, ["mb4d"] * 3 + ["mb3d"])
+    padded = (
+        (*path, *["identity"] * (stage.slots - len(path)))
+        for path, stage in zip(blocks, space.stages, strict=True)
     )
+    l1 = Selection((48, 96, 224, 448), tuple(padded))
     reference = space.architecture(l1, name="efficientformer_l1")
     training = tuple(
         {

@@ -256,15 +256,13 @@ def _heat_cell(
         return
     fill, text = heat(_heat_step(value, values))
     _box(axes, box, fill=fill, edge=fill)
+    if box.width < 17:  # a phone, and a stage of many slots
+        if dropped is not None:
+            _text(axes, middle, box.y + box.height / 2, str(dropped), size=6.0, colour=text)
+        return
     number = f"{value:.2f}" if value < 100 else f"{value:.0f}"
-    _text(
-        axes,
-        middle,
-        box.y + box.height * 0.34,
-        number,
-        size=7.5 if box.width > 26 else 6.2,
-        colour=text,
-    )
+    size = 7.5 if box.width > 26 else 6.2
+    _text(axes, middle, box.y + box.height * 0.34, number, size=size, colour=text)
     note = "kept" if dropped is None else f"step {dropped}"
     _text(axes, middle, box.y + box.height * 0.74, note, size=small, colour=text)
 

@@ -115,7 +115,11 @@ def giga(value: float) -> str:
 def interval(estimate: Estimate) -> str:
     """The interval of a total with its level: `1.42 to 1.71 ms (90 %)`."""
     low, high = estimate.interval_ms
-    level = "no stated level" if estimate.level is None else f"{100 * estimate.level:.0f} %"
+    level = (
+        "no stated level"
+        if estimate.level is None
+        else f"{100 * estimate.level:.0f}\N{NO-BREAK SPACE}%"
+    )
     return f"{fixed(low, 2)} to {fixed(high, 2)} ms ({level})"
 
 
