@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from slimnas.cli.output import JsonOption, note, print_json, shown_path
 
 if TYPE_CHECKING:
     from slimnas.zoo.entry import Entry
@@ -17,7 +18,6 @@ app = typer.Typer(no_args_is_help=True, help="Models: published ones and your ow
 ZooOption = Annotated[
     Path | None, typer.Option("--zoo", help="Your zoo; else $SLIMNAS_ZOO, else ./model_zoo.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 ModelArgument = Annotated[
     str, typer.Argument(help="Zoo name, architecture file, run folder or zoo entry folder.")
 ]
@@ -36,11 +36,11 @@ def list_models(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
 
     listing = list_entries(zoo)
     for folder, reason in listing.damaged:
-        typer.echo(f"skipped {folder}: {reason}", err=True)
+        note(f"skipped {folder}: {reason}")
     rows = [_summary(entry) for entry in listing.entries]
     if as_json:
-        damaged = [{"folder": _shown(path), "error": why} for path, why in listing.damaged]
-        _print_json({"entries": rows, "damaged": damaged})
+        damaged = [{"folder": shown_path(path), "error": why} for path, why in listing.damaged]
+        print_json({"entries": rows, "damaged": damaged})
         return
     width = max(len(row["name"]) for row in rows)
     typer.echo(f"{'name':<{width}}  {'params':>12}  {'MACs':>15}  source")
@@ -62,7 +62,7 @@ def show(model: ModelArgument, zoo: ZooOption = None, as_json: JsonOption = Fals
     }
     if as_json:
         architecture = entry.architecture.to_dict()
-        _print_json({**_summary(entry), "metrics": metrics, "architecture": architecture})
+        print_json({**_summary(entry), "metrics": metrics, "architecture": architecture})
         return
     row = _summary(entry)
     typer.echo(entry.architecture.to_yaml().rstrip())
@@ -83,9 +83,9 @@ def add(
 
     folder = registry.add(run, name=name, zoo=zoo)
     if as_json:
-        _print_json({"name": folder.name, "folder": _shown(folder)})
+        print_json({"name": folder.name, "folder": shown_path(folder)})
     else:
-        typer.echo(f"added {folder.name} in {_shown(folder)}")
+        typer.echo(f"added {folder.name} in {shown_path(folder)}")
 
 
 @app.command()
@@ -121,19 +121,17 @@ def export(
     path = output or _export_path(entry, file_format)
     difference = export_network(network, path, dynamic_batch=dynamic_batch, seed=seed)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "model": entry.name,
                 "format": file_format.value,
-                "file": _shown(path),
+                "file": shown_path(path),
                 "trained": not untrained,
                 "max_abs_difference": difference,
             }
         )
     else:
-        typer.echo(
-            f"ok: {_shown(path)}, largest difference from PyTorch in ONNX Runtime {difference:.2g}"
-        )
+        typer.echo(f"ok: {shown_path(path)}; differs from PyTorch by at most {difference:.2g}")
 
 
 def _export_path(entry: Entry, file_format: Format) -> Path:
@@ -151,17 +149,5 @@ def _summary(entry: Entry) -> dict[str, Any]:
         "params": counted.params,
         "macs": counted.macs,
         "source": entry.source,
-        "weights": published if entry.weights is None else _shown(entry.weights),
+        "weights": published if entry.weights is None else shown_path(entry.weights),
     }
-
-
-def _shown(path: Path) -> str:
-    """The path relative to the working directory, if it lies in it."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
-def _print_json(body: dict[str, Any]) -> None:
-    typer.echo(json.dumps(body))
