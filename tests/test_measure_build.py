@@ -156,12 +156,18 @@ def test_finished_table_is_kept_unless_forced(tmp_path: Path) -> None:
     assert (tmp_path / "fake" / "table.csv").read_bytes() != before
 
 
-def test_other_kinds_of_table_are_never_replaced(tmp_path: Path) -> None:
+def test_other_kinds_of_table_are_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = measure(job(tmp_path / "fake"), FakeMachine())
     other = built.table.device.model_copy(update={"kind": "imported"})
     LatencyTable(other, built.table.rows).save(tmp_path / "fake")
-    with pytest.raises(LatencyTableError, match=r"holds the imported table of .*--device"):
+    with pytest.raises(LatencyTableError, match=r"fake: is the imported table of .*--device"):
         measure(job(tmp_path / "fake", force=True), FakeMachine())
+    monkeypatch.setenv("SLIMNAS_LOOKUP_TABLES", str(tmp_path))
+    with pytest.raises(LatencyTableError, match=r"fake: is the imported table"):
+        measure(job(tmp_path / "elsewhere" / "fake"), FakeMachine())
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_journal_of_another_runtime_is_refused(tmp_path: Path) -> None:

@@ -69,16 +69,13 @@ def test_rounds_with_a_drifted_reference_are_rejected() -> None:
 
 
 def test_accepted_rounds_are_scaled_to_one_pace() -> None:
-    entry = PLAN.components[0]
-    shares = tuple(term.share for term in entry.terms)
-
     def at(pace: float) -> Round:
-        return Round((pace, pace), tuple((3.0 * pace,) for _ in shares), True)
+        return Round((pace - 0.01, pace + 0.01), ((7.0 * pace,), (1.0 * pace,)), True)
 
-    visits = [Visit(entry.name, 0, (at(0.98), at(1.0), at(1.04)))]
-    found = timings([entry], visits)[entry.name]
+    visits = [Visit(BLOCK.name, 0, (at(0.96), at(1.0), at(1.04), at(1.04), at(1.0)))]
+    found = timings([BLOCK], visits)[BLOCK.name]
     assert found.spread_ms == pytest.approx(0, abs=1e-9)
-    assert found.latency_ms == pytest.approx(3.0 * sum(shares), abs=1e-9)
+    assert found.latency_ms == pytest.approx((7.0 - 1.0) / 3, abs=1e-9)
 
 
 def test_rejected_rounds_count_for_nothing() -> None:

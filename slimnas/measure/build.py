@@ -18,6 +18,7 @@ from slimnas._files import atomic_write_bytes
 from slimnas._lock import folder_lock
 from slimnas.arch.space import SearchSpace
 from slimnas.errors import LatencyTableError
+from slimnas.latency.devices import known_devices
 from slimnas.latency.table import DEVICE_FILE, DeviceInfo, LatencyTable, RuntimeInfo
 from slimnas.measure.journal import Journal, Visit
 from slimnas.measure.machine import load_average, this_machine
@@ -104,7 +105,7 @@ def build_table(
         raise LatencyTableError(
             f"--clock cpu times one thread, got {runtime.threads}; use --threads 1 or --clock wall"
         )
-    _refuse_finished(job)
+    _refuse_taken(job)
     loader = loader or runtime_loader(runtime, batch=job.batch)
     clocks = clocks or Clocks()
     plan = make_plan(
@@ -196,21 +197,25 @@ def _uncertain(plan: Plan, found: dict[str, Timing], precision: float) -> list[E
     ]
 
 
-def _refuse_finished(job: BuildJob) -> None:
+def _refuse_taken(job: BuildJob) -> None:
     name = job.output.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise LatencyTableError(
             f"a device's name, which its table's folder has, must be letters, digits, '.', '_' "
             f"and '-', got {name!r}"
         )
+    # A table of that name elsewhere would be hidden by this one, or hide it.
+    for folder in (job.output, known_devices().get(name, job.output)):
+        if (folder / DEVICE_FILE).is_file():
+            known = LatencyTable.load(folder).device
+            if known.kind != "measured":
+                raise LatencyTableError(
+                    f"{name}: is the {known.kind} table of {known.device} in {folder}; "
+                    "choose another name with --device or --output"
+                )
     if not (job.output / DEVICE_FILE).is_file() or (job.output / JOURNAL_FILE).is_file():
         return
     table = LatencyTable.load(job.output)
-    if table.device.kind != "measured":
-        raise LatencyTableError(
-            f"{job.output}: holds the {table.device.kind} table of {table.device.device}; "
-            "choose another name with --device or another --output"
-        )
     if not job.force:
         raise LatencyTableError(
             f"{job.output}: holds a finished table measured on {table.device.date}; choose "
