@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from slimnas.cli.output import JsonOption, note, print_json, shown_path
 
 if TYPE_CHECKING:
     from slimnas.measure.build import BuiltTable, Progress
@@ -45,7 +46,7 @@ def build(
     ] = Clock.WALL,
     seed: Annotated[int, typer.Option(help="Seed of orders and of the random networks.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished table.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure a latency table on this machine, some minutes for efficientformer_tiny.
 
@@ -70,34 +71,37 @@ def build(
         with _progress_bar() as progress:
             built = build_table(job, runtime, progress=progress)
     except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; what was timed is kept in {job.output}, the same command goes on there",
-            err=True,
-        )
+        note(f"what was timed is kept in {job.output}; the same command goes on there")
         raise
     if as_json:
-        typer.echo(json.dumps(_summary(built)))
+        print_json(_summary(built))
     else:
         _print_table(built)
 
 
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Progress]:
+    """A bar with the remaining time on a terminal, a line every tenth in a log."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
+    console = Console(stderr=True)
     columns = (
-        BarColumn(),
+        TextColumn("measuring"),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
+        TextColumn("eta"),
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def show(done: int, planned: int, what: str) -> None:
             bar.update(task, completed=done, total=planned, description=what)
+            if not console.is_terminal and done % max(planned // 10, 1) == 0:
+                note(f"measuring {done}/{planned}: {what}")
 
         yield show
 
@@ -116,7 +120,7 @@ def _summary(built: BuiltTable) -> dict[str, Any]:
     return {
         "device": {"name": info.name, "kind": info.kind},
         "rows": len(built.table.rows),
-        "path": _shown(built.path),
+        "path": shown_path(built.path),
         "held_out": {**figure, "architectures": networks},
     }
 
@@ -125,19 +129,11 @@ def _print_table(built: BuiltTable) -> None:
     from slimnas.latency.devices import provenance_line
 
     if built.resumed:
-        typer.echo(f"went on after {built.resumed} visits of an interrupted build", err=True)
+        note(f"went on after {built.resumed} visits of an interrupted build")
     for check in built.held_out:
         typer.echo(
             f"held-out network: predicted {check.predicted_ms:.3f} ms, measured "
             f"{check.measured_ms:.3f} ms ({100 * check.error:+.1f} %)"
         )
     typer.echo(provenance_line(built.table))
-    typer.echo(f"{len(built.table.rows)} rows written to {_shown(built.path)}")
-
-
-def _shown(path: Path) -> str:
-    """The path relative to the working directory, if it lies in it."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    typer.echo(f"{len(built.table.rows)} rows written to {shown_path(built.path)}")

@@ -48,7 +48,7 @@ class SupernetRecipe(TrainRecipe):
     noise: Literal["gumbel", "uniform"] = "gumbel"
     tau_start: Positive = 4.0
     tau_end: Positive = 1.0
-    alpha_lr: Positive = 5e-3
+    alpha_lr: Positive = 1e-2
     alpha_weight_decay: float = 0.0
     layer_scale: Positive = 0.1
 
@@ -175,9 +175,9 @@ def save_supernet(path: str | Path, trained: TrainedSupernet) -> None:
     metadata = {
         "schema": SCHEMA,
         "space": trained.supernet.space.to_yaml(),
-        "resolution": str(trained.supernet.resolution),
+        "resolution": trained.supernet.resolution,
         "digest": trained.digest,
-        "provenance": json.dumps(trained.provenance, sort_keys=True),
+        "provenance": trained.provenance,
     }
     save_tensors(path, trained.supernet.state_dict(), metadata)
 
@@ -197,8 +197,8 @@ def load_supernet(path: str | Path) -> TrainedSupernet:
         space = SearchSpace.from_yaml(metadata["space"], source=f"{path} (space)")
         supernet = Supernet(space, resolution=int(metadata["resolution"]), seed=0).eval()
         supernet.load_state_dict(tensors)
-        provenance = json.loads(metadata["provenance"])
-    except (KeyError, ValueError, RuntimeError) as error:
+        provenance = dict(metadata["provenance"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise WeightsError(f"{path}: not {WHAT} ({first}); train it again") from error
     digest = weights_digest(supernet)

@@ -6,7 +6,6 @@ always belong together, however a run was stopped.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def save_state(path: Path, state: TrainState, identity: str) -> None:
         tensors.update({f"{prefix}.{name}": value for name, value in module.state_dict().items()})
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value for name, value in values.items()})
-    metadata = {"schema": SCHEMA, "identity": identity, "step": json.dumps(state.step)}
+    metadata = {"schema": SCHEMA, "identity": identity, "step": state.step}
     save_tensors(path, tensors, metadata)
 
 
@@ -84,7 +83,7 @@ def load_state(path: Path, state: TrainState, identity: str) -> None:
                 "param_groups": state.optimizer.state_dict()["param_groups"],
             }
         )
-        state.step = int(json.loads(metadata["step"]))
+        state.step = int(metadata["step"])
     except (RuntimeError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise WeightsError(f"{path}: does not fit this run ({first}); delete it") from error

@@ -30,7 +30,7 @@ class TrainRecipe(Spec):
         augment: shift (and mirror, where the data allow) every image.
     """
 
-    epochs: Whole = 12
+    epochs: Whole = 10
     batch_size: Whole = 64
     lr: Positive = 2e-3
     min_lr: Positive = 1e-5

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import slimnas
-from slimnas._files import atomic_path
 from slimnas.arch.architecture import Architecture
 from slimnas.errors import WeightsError
+from slimnas.nn.tensorfiles import load_tensors, save_tensors
 from slimnas.zoo.convert import convert_state_dict
 from slimnas.zoo.state import check_state
 
 SCHEMA = "slimnas/weights/1"
-METADATA = "slimnas"
 _PICKLED = {".pt", ".pth", ".bin"}
 _WRAPPERS = ("model", "state_dict")
 
@@ -34,12 +30,8 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], architecture: Ar
         RunFolderError: the place cannot be written.
     """
     checked = check_state(state, architecture, source="weights to save")
-    # safetensors refuses tensors that share memory; copies on the CPU never do.
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in checked.items()}
     made = {"schema": SCHEMA, "architecture": architecture.digest, "version": slimnas.__version__}
-    with atomic_path(Path(path)) as temporary:
-        # One metadata key: safetensors writes several in random order, and files would differ.
-        save_file(tensors, temporary, {METADATA: json.dumps(made)})
+    save_tensors(path, checked, made)
 
 
 def load_weights(path: str | Path, architecture: Architecture) -> dict[str, Tensor]:
@@ -66,14 +58,10 @@ def load_weights(path: str | Path, architecture: Architecture) -> dict[str, Tens
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected weights (.safetensors or .pth)")
+    if path.suffix not in _PICKLED:
+        return load_tensors(path, "weights")
     try:
-        if path.suffix in _PICKLED:
-            return _unwrapped(torch.load(path, map_location="cpu", weights_only=True), path), {}
-        with safetensors.safe_open(path, framework="pt") as opened:
-            made = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
-        return load_file(path), made
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path}: damaged or not safetensors ({_line(error)})") from error
+        return _unwrapped(torch.load(path, map_location="cpu", weights_only=True), path), {}
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise WeightsError(f"{path}: cannot be read as weights ({_line(error)})") from error
 

@@ -1,0 +1,95 @@
+"""How a search shows that it is alive: bars on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+if TYPE_CHECKING:
+    from slimnas.arch.space import Selection
+    from slimnas.search.trajectory import Trajectory
+    from slimnas.supernet.train import Progress as TrainingProgress
+
+
+class SearchProgress:
+    """A listener of `slimnas.search.run.run_search` that draws on stderr."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._training: TaskID | None = None
+        self._slimming: TaskID | None = None
+        self._search_top1: float | None = None
+        self._weighed = 0
+        self._seen_steps = 0
+
+    def __enter__(self) -> SearchProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bars.stop()
+
+    def training(self, progress: TrainingProgress) -> None:
+        """Update the training bar; after an epoch write a line where there is no terminal."""
+        report = progress.report
+        if self._training is None:
+            self._training = self._bars.add_task("training", total=report.steps, state="")
+        if progress.search_top1 is not None:
+            self._search_top1 = progress.search_top1
+        top1 = "" if self._search_top1 is None else f" search top-1 {self._search_top1:.1f} %"
+        state = (
+            f"{report.images_per_s:.0f} images/s loss {report.loss:.3f}{top1} "
+            f"tau {progress.tau:.2f}"
+        )
+        self._bars.update(self._training, completed=report.step, state=state)
+        if progress.search_top1 is not None:
+            self._log(f"training step {report.step}/{report.steps} {state}")
+
+    def evaluated(self, selection: Selection, top1: float) -> None:
+        """Count the candidates of a step."""
+        self._weighed += 1
+        if self._slimming is not None:
+            self._bars.update(self._slimming, state=f"{self._weighed} candidates weighed")
+
+    def slimming(self, trajectory: Trajectory, target_ms: float) -> None:
+        """Move the slimming bar from the largest network's latency towards the target."""
+        latency_ms = trajectory.states[-1][1]
+        if self._slimming is None:
+            total = max(trajectory.latency_ms - target_ms, 1e-9)
+            self._slimming = self._bars.add_task("slimming", total=total, state="")
+        step = trajectory.steps[-1]
+        state = f"{latency_ms:.3f} ms search top-1 {step.top1:.1f} % {step.taken.label}"
+        done = trajectory.latency_ms - max(latency_ms, target_ms)
+        self._bars.update(self._slimming, completed=done, state=state)
+        self._log(f"slimming step {len(trajectory.steps)}: {state}")
+
+    def _log(self, line: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(line, highlight=False, soft_wrap=True)

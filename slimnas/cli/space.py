@@ -1,0 +1,93 @@
+"""`slimnas space`: list, show and validate search spaces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slimnas.cli.output import JsonOption, print_json
+
+if TYPE_CHECKING:
+    from slimnas.arch.space import SearchSpace
+
+app = typer.Typer(no_args_is_help=True, help="Search spaces: which networks a search may find.")
+
+SpaceArgument = Annotated[str, typer.Argument(help="Name of a shipped space, or a .yaml file.")]
+
+
+@app.command("list")
+def list_spaces(as_json: JsonOption = False) -> None:
+    """List the shipped search spaces with their smallest and largest network."""
+    from slimnas.arch.space import SearchSpace, shipped_spaces
+
+    rows = [_summary(SearchSpace.load(name)) for name in shipped_spaces()]
+    if as_json:
+        print_json({"spaces": rows})
+        return
+    for row in rows:
+        typer.echo(_line(row))
+
+
+@app.command()
+def show(space: SpaceArgument, as_json: JsonOption = False) -> None:
+    """Show a search space, every default written out."""
+    from slimnas.arch.space import SearchSpace
+
+    loaded = SearchSpace.load(space)
+    if as_json:
+        print_json({**_summary(loaded), "space": loaded.model_dump(mode="json")})
+        return
+    typer.echo(loaded.to_yaml().rstrip())
+    typer.echo(f"# {_line(_summary(loaded))}")
+
+
+@app.command()
+def validate(
+    files: Annotated[list[Path], typer.Argument(help="Search space files.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Check search space files; says where each fault is."""
+    from slimnas.arch.space import SearchSpace
+    from slimnas.errors import SlimnasError, SpecError
+
+    faults, rows = [], []
+    for file in files:
+        try:
+            rows.append({"file": str(file), **_summary(SearchSpace.load(file))})
+        except SlimnasError as error:
+            faults.append(str(error))
+    if as_json:
+        print_json({"valid": rows, "faults": [line for f in faults for line in f.splitlines()]})
+    else:
+        for row in rows:
+            typer.echo(f"ok: {row['file']}: {_line(row)}")
+    if faults:
+        raise SpecError("\n".join(faults))
+
+
+def _summary(space: SearchSpace) -> dict[str, Any]:
+    from slimnas.arch.cost import cost
+
+    smallest = cost(space.architecture(space.smallest()[0]))
+    attention = space.attention_counts()
+    largest = cost(space.architecture(space.largest(attention[-1])))
+    return {
+        "name": space.name,
+        "slots": [stage.slots for stage in space.stages],
+        "max_widths": [stage.width.max for stage in space.stages],
+        "max_attention_blocks": attention[-1],
+        "macs": {"smallest": smallest.macs, "largest": largest.macs},
+        "params": {"smallest": smallest.params, "largest": largest.params},
+        "training_resolution": space.supernet.resolution,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    macs, params = row["macs"], row["params"]
+    return (
+        f"{row['name']}: slots {row['slots']}, widths up to {row['max_widths']}, "
+        f"{macs['smallest'] / 1e9:.2f} to {macs['largest'] / 1e9:.2f} GMACs, "
+        f"{params['smallest'] / 1e6:.2f} to {params['largest'] / 1e6:.1f} M parameters"
+    )

@@ -1,0 +1,104 @@
+"""Everything that decides what a search finds, as one document in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from slimnas.arch.documents import Spec, load_document, parse_spec, save_document
+from slimnas.errors import RunFolderError
+from slimnas.supernet.train import SupernetRecipe
+
+SCHEMA = "slimnas/search-config/1"
+WHAT = "the settings of a search run"
+FILE = "config.yaml"
+
+Whole = Annotated[int, Field(strict=True, ge=1)]
+
+
+class SearchConfig(Spec):
+    """Settings of a search run; equal settings and data give equal results on the CPU.
+
+    Attributes:
+        space: name or file of the search space.
+        space_digest: SHA-256 of its content.
+        data: what `--data` names.
+        device: name or folder of the latency table.
+        table_digest: SHA-256 of its content.
+        targets_ms: target latencies, ascending.
+        resolution: side of the training images, pixels.
+        recipe: how the supernet is trained; None for a supernet trained before.
+        supernet_digest: of a supernet trained before; None where this run trains it.
+        frontier: which actions a slimming step weighs.
+        search_images: at most this many SEARCH images judge a candidate.
+        calibration_images: TRAIN images that BatchNorm statistics are measured on.
+        max_images: use at most this many images of the data; None for all.
+        skip_bad_images: leave out images that cannot be decoded.
+        seed: of everything random.
+    """
+
+    space: str
+    space_digest: str
+    data: str = "digits"
+    device: str
+    table_digest: str
+    targets_ms: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    resolution: Whole
+    recipe: SupernetRecipe | None = SupernetRecipe()
+    supernet_digest: str | None = None
+    frontier: Literal["per_stage", "paper"] = "per_stage"
+    search_images: Whole = 1000
+    calibration_images: Whole = 256
+    max_images: Whole | None = None
+    skip_bad_images: bool = False
+    seed: Annotated[int, Field(strict=True, ge=0)] = 0
+
+    def save(self, path: Path) -> None:
+        """Write YAML atomically."""
+        save_document(path, SCHEMA, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path) -> SearchConfig:
+        """Read what `save` wrote.
+
+        Raises:
+            SpecError: one line per fault, with file and key.
+        """
+        return parse_spec(cls, load_document(path, SCHEMA, WHAT), source=str(path))
+
+
+def claim(folder: Path, config: SearchConfig) -> None:
+    """Write `config` into a new run folder, or check that an old one has the same.
+
+    Raises:
+        RunFolderError: the folder belongs to a run with other settings; names them.
+        SpecError: its settings are damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        config.save(path)
+        return
+    old, new = _flat(SearchConfig.load(path).model_dump()), _flat(config.model_dump())
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        named = ", ".join(
+            f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed[:3]
+        )
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise RunFolderError(
+            f"{folder}: holds a run with other settings ({named}{more}); give the same ones to go "
+            "on with it, or another --output"
+        )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

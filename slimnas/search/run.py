@@ -1,0 +1,425 @@
+"""A whole search: supernet, importance, slimming, found networks. Every step can be resumed.
+
+Each step leaves one file in the run folder and is skipped when the file is there, so a run that
+was stopped goes on where it was and ends with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from slimnas._files import atomic_write_text
+from slimnas.arch.architecture import Architecture
+from slimnas.arch.cost import CostReport, cost
+from slimnas.arch.space import SearchSpace, Selection
+from slimnas.data.batches import ImageSet
+from slimnas.data.splits import SearchData
+from slimnas.errors import RunFolderError, SpecError
+from slimnas.latency.estimate import Estimate, estimate, latency_ms, require_prices
+from slimnas.latency.rows import rows_to_csv
+from slimnas.latency.table import LatencyTable
+from slimnas.search.actions import Price
+from slimnas.search.config import SearchConfig
+from slimnas.search.evaluator import SelectionEvaluator
+from slimnas.search.importance import ImportanceRecord
+from slimnas.search.slimming import Slimmer, check_reachable
+from slimnas.search.trajectory import Trajectory
+from slimnas.supernet.channel_order import taylor_order
+from slimnas.supernet.inherit import Inheritance
+from slimnas.supernet.supernet import Supernet
+from slimnas.supernet.train import (
+    Progress,
+    TrainedSupernet,
+    load_supernet,
+    save_supernet,
+    train_supernet,
+)
+from slimnas.train.loop import accelerator_for
+from slimnas.zoo.entry import FOUND, save_model
+from slimnas.zoo.metrics import Metric
+
+SUPERNET = "supernet.safetensors"
+TRAINING_STATE = "training.safetensors"
+METRICS_LOG = "metrics.jsonl"
+IMPORTANCE = "importance.json"
+TRAJECTORY = "trajectory.jsonl"
+TAYLOR_BATCHES, TAYLOR_BATCH = 4, 64
+
+
+class Listener(Protocol):
+    """Is told how a search goes."""
+
+    def training(self, progress: Progress) -> None:
+        """After every training step and epoch."""
+
+    def slimming(self, trajectory: Trajectory, target_ms: float) -> None:
+        """After every slimming step; the target is the lowest one."""
+
+    def evaluated(self, selection: Selection, top1: float) -> None:
+        """After every candidate."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The network that answers one target.
+
+    Attributes:
+        target_ms: the target.
+        architecture: the network at the deployment resolution.
+        selection: its place in the space.
+        estimate: its latency by the table.
+        cost: parameters and MACs.
+        search_top1: on SEARCH at the training resolution, weights inherited, in percent.
+        steps: slimming steps that led to it.
+        folder: where its files are.
+    """
+
+    target_ms: float
+    architecture: Architecture
+    selection: Selection
+    estimate: Estimate
+    cost: CostReport
+    search_top1: float
+    steps: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search gives.
+
+    Attributes:
+        space: with the data's classes.
+        trained: the supernet.
+        importance: of its MetaPaths.
+        trajectory: every step.
+        found: one network per target, in the order of the targets.
+        evaluated_images: SEARCH images behind every top-1.
+        training: one mapping per epoch, as in `metrics.jsonl`.
+    """
+
+    space: SearchSpace
+    trained: TrainedSupernet
+    importance: ImportanceRecord
+    trajectory: Trajectory
+    found: tuple[Found, ...]
+    evaluated_images: int
+    training: tuple[Mapping[str, float], ...]
+
+
+def check_search(space: SearchSpace, table: LatencyTable, config: SearchConfig) -> None:
+    """Refuse what cannot end well, before anything is trained.
+
+    Raises:
+        MissingLatencyError: the table cannot price the space.
+        UnreachableTargetError: a target is below the smallest network.
+    """
+    require_prices(space, table)
+    check_reachable(space, pricer(space, table), config.targets_ms)
+
+
+def pricer(space: SearchSpace, table: LatencyTable) -> Price:
+    """Latency in ms of selections of `space`; each is priced once."""
+
+    @cache
+    def price(selection: Selection) -> float:
+        return latency_ms(space.architecture(selection), table)
+
+    return price
+
+
+def run_search(
+    config: SearchConfig,
+    space: SearchSpace,
+    table: LatencyTable,
+    data: SearchData,
+    folder: Path,
+    *,
+    listener: Listener,
+    train_on: str = "auto",
+    supernet: TrainedSupernet | None = None,
+) -> SearchResult:
+    """Search `space` for networks that meet the targets, in a folder claimed for `config`.
+
+    Args:
+        config: the settings; `claim` has tied the folder to them.
+        space: the search space, for the data's number of classes.
+        table: the latency table.
+        data: TRAIN and SEARCH at `config.resolution`.
+        folder: the run folder, locked by the caller.
+        listener: told how it goes.
+        train_on: auto, cpu, cuda or mps.
+        supernet: a trained one; None trains it here.
+
+    Raises:
+        UnreachableTargetError: greedy found no way to a target.
+        WeightsError, RunFolderError: a damaged or foreign file in the folder.
+        RuntimeUnavailableError: this machine lacks `train_on`.
+    """
+    accelerator = accelerator_for(train_on)
+    trained = supernet or _supernet(config, space, data, folder, listener, accelerator)
+    require_same_space(trained, space, "the supernet")
+    trained.supernet.to(accelerator.device)
+    provenance = {
+        "seed": config.seed,
+        "space": space.name,
+        "space_digest": config.space_digest,
+        "table_digest": config.table_digest,
+        "supernet_digest": trained.digest,
+        "data_digest": data.digest,
+    }
+    importance = ImportanceRecord(trained.supernet.alphas(), provenance)
+    importance.save(folder / IMPORTANCE)
+    evaluator = _evaluator(config, trained.supernet, importance, data)
+    images = min(config.search_images, len(data.search))
+
+    def evaluate(selection: Selection) -> float:
+        top1 = evaluator.top1(selection)
+        listener.evaluated(selection, top1)
+        return top1
+
+    slimmer = Slimmer(space, importance, pricer(space, table), evaluate, config.frontier)
+    trajectory = _begin(slimmer, folder / TRAJECTORY, {**provenance, "search_images": images})
+    evaluator.move_to(trajectory.states[-1][0])
+
+    def on_step(longer: Trajectory) -> None:
+        longer.save(folder / TRAJECTORY)
+        evaluator.move_to(longer.states[-1][0])
+        listener.slimming(longer, min(config.targets_ms))
+
+    trajectory, reached = slimmer.run(trajectory, config.targets_ms, on_step)
+    found = tuple(
+        _save_found(
+            _Origin(config, space, table, trained, evaluator, images),
+            trajectory,
+            target_ms,
+            steps,
+            _found_folder(folder, config, target_ms),
+        )
+        for target_ms, steps in reached.items()
+    )
+    training = _read_log(folder / METRICS_LOG)
+    return SearchResult(space, trained, importance, trajectory, found, images, training)
+
+
+def space_digest(space: SearchSpace) -> str:
+    """SHA-256 (hex) of a space's content."""
+    return hashlib.sha256(space.to_yaml().encode()).hexdigest()
+
+
+def table_digest(table: LatencyTable) -> str:
+    """SHA-256 (hex) of a table's content."""
+    content = rows_to_csv(table.rows) + table.device.model_dump_json()
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def require_same_space(trained: TrainedSupernet, space: SearchSpace, source: str) -> None:
+    """Refuse a supernet that was trained for another space or number of classes.
+
+    Raises:
+        SpecError: says which.
+    """
+    given, wanted = trained.supernet.space, space
+    if given.head.classes != wanted.head.classes:
+        raise SpecError(
+            f"{source}: trained for {given.head.classes} classes, the data has "
+            f"{wanted.head.classes}; give the data it was trained on"
+        )
+    if given.to_yaml() != wanted.to_yaml():
+        raise SpecError(
+            f"{source}: trained for another content of space {given.name}, not this "
+            f"{wanted.name}; give the --space it was trained on"
+        )
+
+
+def _supernet(
+    config: SearchConfig,
+    space: SearchSpace,
+    data: SearchData,
+    folder: Path,
+    listener: Listener,
+    accelerator: Accelerator,
+) -> TrainedSupernet:
+    finished = folder / SUPERNET
+    if finished.is_file():
+        return load_supernet(finished)
+    assert config.recipe is not None
+    supernet = Supernet(
+        space,
+        resolution=config.resolution,
+        seed=config.seed,
+        layer_scale=config.recipe.layer_scale,
+    )
+    _require_space_on_disk(folder, supernet)
+    log = folder / METRICS_LOG
+
+    def on_progress(progress: Progress) -> None:
+        if progress.search_top1 is not None:
+            _append_log(log, progress)
+        listener.training(progress)
+
+    trained = train_supernet(
+        supernet,
+        data,
+        config.recipe,
+        accelerator,
+        seed=config.seed,
+        checkpoint=folder / TRAINING_STATE,
+        on_progress=on_progress,
+    )
+    save_supernet(finished, trained)
+    (folder / TRAINING_STATE).unlink(missing_ok=True)
+    return trained
+
+
+def _require_space_on_disk(folder: Path, supernet: Supernet) -> None:
+    """A checkpoint holds weights, their average and two moments, and is written beside the old."""
+    needed = 2 * 4 * sum(p.numel() * p.element_size() for p in supernet.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunFolderError(
+            f"{folder}: training needs {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free; "
+            "free some, or give another --output"
+        )
+
+
+def _evaluator(
+    config: SearchConfig, supernet: Supernet, importance: ImportanceRecord, data: SearchData
+) -> SelectionEvaluator:
+    supernet.eval()
+    device = next(supernet.parameters()).device
+    start = importance.start(supernet.space)
+    without_attention = supernet.space.largest(supernet.space.attention_counts()[0])
+    batches = data.train.batches(
+        TAYLOR_BATCH, device=device, seed=config.seed, epoch=0, augment=False
+    )
+    some = [batch for _, batch in zip(range(TAYLOR_BATCHES), batches, strict=False)]
+    routings = [supernet.fixed_routes(s) for s in dict.fromkeys((start, without_attention))]
+    order = taylor_order(supernet, routings, some)
+    calibration, _ = next(
+        data.train.batches(
+            config.calibration_images, device=device, seed=config.seed, epoch=1, augment=False
+        )
+    )
+    images, labels = _sample(data.search, config.search_images, config.seed, device)
+    return SelectionEvaluator(Inheritance(supernet, order), calibration, images, labels)
+
+
+def _sample(images: ImageSet, count: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same `count` images every time, all of them if there are fewer."""
+    if len(images) <= count:
+        return next(images.eval_batches(count, device=device))
+    return next(images.batches(count, device=device, seed=seed, epoch=0, augment=False))
+
+
+def _begin(slimmer: Slimmer, path: Path, provenance: Mapping[str, Any]) -> Trajectory:
+    """The saved trajectory of this run, or a new one."""
+    if path.is_file():
+        trajectory = Trajectory.load(path)
+        if dict(trajectory.provenance) != dict(provenance):
+            raise RunFolderError(
+                f"{path}: was made from another supernet, table, space or data; delete it to slim "
+                "again, or give another --output"
+            )
+        return trajectory
+    trajectory = slimmer.begin(provenance)
+    trajectory.save(path)
+    return trajectory
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a found network was made from."""
+
+    config: SearchConfig
+    space: SearchSpace
+    table: LatencyTable
+    trained: TrainedSupernet
+    evaluator: SelectionEvaluator
+    images: int
+
+
+def _save_found(
+    origin: _Origin, trajectory: Trajectory, target_ms: float, steps: int, folder: Path
+) -> Found:
+    selection, _, top1 = trajectory.states[steps]
+    name = f"{origin.space.name}_{origin.table.device.name}_{target_ms:g}ms"
+    provenance = {
+        "found_by": "slimnas search, greedy latency-driven slimming",
+        "target_ms": target_ms,
+        "seed": origin.config.seed,
+        "supernet_digest": origin.trained.digest,
+        "table_digest": origin.config.table_digest,
+        "trained_at": origin.config.resolution,
+    }
+    architecture = origin.space.architecture(selection).renamed(name, provenance)
+    network = origin.evaluator.inheritance.extract(architecture, selection=selection)
+    state = {**network.state_dict(), **origin.evaluator.calibrated_buffers(selection)}
+    priced, counted = estimate(architecture, origin.table), cost(architecture)
+    save_model(
+        folder,
+        architecture=architecture,
+        weights=state,
+        metrics=_metrics(origin, priced, counted, top1),
+    )
+    return Found(target_ms, architecture, selection, priced, counted, top1, steps, folder)
+
+
+def _metrics(
+    origin: _Origin, priced: Estimate, counted: CostReport, top1: float
+) -> dict[str, Metric]:
+    low, high = priced.interval_ms
+    level = "" if priced.level is None else f" ({100 * priced.level:g} % interval)"
+    device = origin.table.device
+    return {
+        "search_top1_percent": Metric(
+            top1,
+            f"measured on {origin.images} SEARCH images of {origin.config.data} at "
+            f"{origin.config.resolution} px, weights inherited from the supernet, not fine-tuned",
+        ),
+        "latency_ms": Metric(
+            priced.latency_ms,
+            f"by the {device.kind} latency table {device.name}, between {low:.4g} and "
+            f"{high:.4g}{level}",
+        ),
+        "params": Metric(counted.params, "computed by closed form"),
+        "macs": Metric(counted.macs, "computed by closed form, one image"),
+    }
+
+
+def _found_folder(folder: Path, config: SearchConfig, target_ms: float) -> Path:
+    return folder if len(config.targets_ms) == 1 else folder / FOUND / f"{target_ms:g}ms"
+
+
+def _append_log(path: Path, progress: Progress) -> None:
+    """Add an epoch; epochs of an interrupted stretch that is repeated are replaced."""
+    report = progress.report
+    row = {
+        "step": report.step,
+        "loss": report.loss,
+        "search_top1": progress.search_top1,
+        "tau": progress.tau,
+        "images_per_s": report.images_per_s,
+    }
+    kept = [old for old in _read_log(path) if old["step"] < report.step]
+    atomic_write_text(path, "".join(json.dumps(line) + "\n" for line in [*kept, row]))
+
+
+def _read_log(path: Path) -> tuple[Mapping[str, float], ...]:
+    if not path.is_file():
+        return ()
+    try:
+        return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    except ValueError as error:
+        raise RunFolderError(f"{path}: not JSON lines ({error}); delete it") from error
