@@ -5,13 +5,21 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from measure_fakes import CALL_MS, SMALL_SPACE, FakeMachine, FakeRuntime, part_ms, small_space
+from measure_fakes import (
+    CALL_MS,
+    SMALL_SPACE,
+    FakeMachine,
+    FakeRuntime,
+    cost_ms,
+    part_ms,
+    small_space,
+)
 from typer.testing import CliRunner
 
 from slimnas._lock import LOCK_FILE, folder_lock
@@ -23,7 +31,8 @@ from slimnas.latency.spaces import space_components
 from slimnas.measure import build as build_module
 from slimnas.measure.build import JOURNAL_FILE, SAMPLES_FILE, BuildJob, BuiltTable, build_table
 from slimnas.measure.networks import Chain, network_and_input
-from slimnas.measure.timing import Protocol
+from slimnas.measure.plan import Parts
+from slimnas.measure.timing import Call, Protocol
 from slimnas.nn.build import build
 from slimnas.nn.seeding import seeded
 
@@ -193,18 +202,33 @@ def test_device_name_must_be_a_name(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_component_lost_in_noise_is_named(tmp_path: Path) -> None:
-    machine = FakeMachine()
-    plain = machine.loader
+@dataclass
+class OddHeads(FakeMachine):
+    """Heads change what a network takes by `head_ms`, and cost nothing of their own."""
 
-    def heads_cost_nothing(parts: tuple[object, ...]) -> object:
-        if parts and getattr(parts[-1], "kind", "") == "head":
-            return plain(parts[:-1])  # type: ignore[arg-type]
-        return plain(parts)  # type: ignore[arg-type]
+    head_ms: float = 0.0
 
-    machine.loader = heads_cost_nothing  # type: ignore[assignment,method-assign]
-    with pytest.raises(LatencyTableError, match=r"head .* does not stand out of the noise"):
-        measure(job(tmp_path / "fake"), machine)
+    def loader(self, parts: Parts) -> Call:
+        if not parts or parts[-1].kind != "head":
+            return super().loader(parts)
+        ms = cost_ms(parts[:-1]) + self.head_ms
+        return lambda: self.spend(ms)
+
+
+def test_component_lost_in_noise_is_priced_at_its_error(tmp_path: Path) -> None:
+    wanted = job(tmp_path / "fake", protocol=replace(QUICK, rounds=6))
+    table = measure(wanted, OddHeads(noise=0.01)).table
+    (note,) = (note for note in table.device.notes if note.startswith("lost in noise"))
+    heads = [row for row in table.rows if row.key.component == "head"]
+    assert len(heads) == 4
+    assert any(str(row.key) in note for row in heads)
+    assert all(0 < row.latency_ms < 0.01 for row in heads)
+    assert missing_components(small_space(), LatencyTable.load(tmp_path / "fake")) == ()
+
+
+def test_component_that_makes_networks_faster_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LatencyTableError, match=r"head .* comes out negative \(-0\.00"):
+        measure(job(tmp_path / "fake"), OddHeads(head_ms=-0.003))
     assert not (tmp_path / "fake" / "table.csv").exists()
 
 

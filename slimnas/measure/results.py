@@ -24,6 +24,12 @@ from slimnas.measure.timing import Round
 LEVEL = 0.9
 """Share of networks that the stated interval is meant to hold."""
 
+SURE = 3.0
+"""Standard errors below zero at which a price is wrong and not just lost in noise."""
+
+LEAST_MS = 1e-6
+"""The least price of a row: a nanosecond."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -97,7 +103,7 @@ def make_table(
         The table, and the held-out networks behind its stated error.
 
     Raises:
-        LatencyTableError: a component whose price does not stand out of the noise.
+        LatencyTableError: a component whose price is negative beyond its error.
     """
     rows = [_row(entry, found[entry.name]) for entry in plan.components]
     parts_only = LatencyTable(device, tuple(rows))
@@ -108,21 +114,35 @@ def make_table(
     rows.append(_overhead(rest, found[plan.nothing.name]))
     table = LatencyTable(device, tuple(rows))
     checks = _checks(plan.held_out, table, found)
-    if not checks:
-        return table, ()
-    stated = device.model_copy(update={"errors": (_figure(checks),), "interval": _interval(checks)})
+    stated = device.model_copy(
+        update={
+            "errors": (_figure(checks),) if checks else (),
+            "interval": _interval(checks),
+            "notes": (*device.notes, *_lost(plan, found)),
+        }
+    )
     return LatencyTable(stated, tuple(rows)), checks
 
 
+def _lost(plan: Plan, found: Mapping[str, Timing]) -> list[str]:
+    lost = [entry.name for entry in plan.components if found[entry.name].latency_ms <= 0]
+    return [f"lost in noise, priced at the standard error: {', '.join(lost)}"] if lost else []
+
+
 def _row(entry: Entry, timing: Timing) -> PriceRow:
+    """A component that costs next to nothing may come out negative within its error.
+
+    Its price is then that error: the table has positive prices only, and says how sure it is.
+    """
     assert entry.key is not None
-    if timing.latency_ms <= 0:
+    if timing.latency_ms < -SURE * timing.error_ms:
         raise LatencyTableError(
-            f"{entry.name}: does not stand out of the noise ({timing.latency_ms:.6f} ms with an "
-            f"interquartile range of {timing.spread_ms:.6f} ms over {timing.n} rounds); free the "
-            "machine, remove the journal and build again with more --rounds"
+            f"{entry.name}: comes out negative ({timing.latency_ms:.6f} ms, standard error "
+            f"{timing.error_ms:.6f} ms, {timing.n} rounds); free the machine, remove the journal "
+            "and build again with more --rounds"
         )
-    return PriceRow(entry.key, timing.latency_ms, timing.spread_ms, timing.n, "measured")
+    latency_ms = timing.latency_ms if timing.latency_ms > 0 else timing.error_ms
+    return PriceRow(entry.key, max(latency_ms, LEAST_MS), timing.spread_ms, timing.n, "measured")
 
 
 def _overhead(rest_ms: Sequence[float], call: Timing) -> PriceRow:
