@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -76,13 +77,13 @@ def search(
     ],
     device: Annotated[str, typer.Option(help="Latency table: a device's name, or a folder.")],
     space: Annotated[
-        str | None, typer.Option(help=f"Search space: name or file. [default: {DEFAULT_SPACE}]")
+        str | None, typer.Option(help=f"Search space: name or file; else {DEFAULT_SPACE}.")
     ] = None,
     data: Annotated[
         str, typer.Option(help="digits, image folder, parquet files, webdataset tars or hub id.")
     ] = "digits",
     output: Annotated[
-        Path | None, typer.Option(help="Run folder. [default: runs/SPACE-DEVICE-TARGET]")
+        Path | None, typer.Option(help="Run folder; else runs/SPACE-DATA-DEVICE-TARGET.")
     ] = None,
     supernet: Annotated[
         Path | None, typer.Option(help="Trained supernet of another run, instead of training.")
@@ -202,12 +203,12 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
     from slimnas._lock import folder_lock
     from slimnas.cli.progress import SearchProgress
     from slimnas.data.splits import open_data
-    from slimnas.search.config import claim
+    from slimnas.search.config import claim, refuse_other_run
     from slimnas.search.run import check_search, run_search
 
     config = inputs.config
     with folder_lock(folder):
-        claim(folder, config)
+        refuse_other_run(folder, config)
         data = open_data(
             config.data,
             resolution=(config.resolution, config.resolution),
@@ -218,6 +219,7 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
         )
         space = inputs.space.with_classes(data.classes)
         check_search(space, inputs.table, config)
+        claim(folder, config)  # only now: a refused run leaves no settings behind
         note(f"data: {data.description}")
         note(
             f"training at {config.resolution} px, deployment at {space.input.resolution} px; "
@@ -252,7 +254,8 @@ def _says_how_to_go_on() -> Iterator[None]:
 
 def _run_name(inputs: _Inputs) -> str:
     targets = "-".join(f"{target_ms:g}ms" for target_ms in inputs.config.targets_ms)
-    return f"{inputs.space.name}-{inputs.table.device.name}-{targets}"
+    data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(inputs.config.data).name).strip("-")
+    return "-".join((inputs.space.name, data, inputs.table.device.name, targets))
 
 
 def _reference(inputs: _Inputs, result: SearchResult) -> PricedNetwork | None:

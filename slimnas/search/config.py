@@ -70,16 +70,15 @@ class SearchConfig(Spec):
         return parse_spec(cls, load_document(path, SCHEMA, WHAT), source=str(path))
 
 
-def claim(folder: Path, config: SearchConfig) -> None:
-    """Write `config` into a new run folder, or check that an old one has the same.
+def refuse_other_run(folder: Path, config: SearchConfig) -> None:
+    """Refuse a folder that holds a run with other settings; an empty one is fine.
 
     Raises:
-        RunFolderError: the folder belongs to a run with other settings; names them.
-        SpecError: its settings are damaged.
+        RunFolderError: names the settings that differ.
+        SpecError: the folder's settings are damaged.
     """
     path = folder / FILE
     if not path.is_file():
-        config.save(path)
         return
     old, new = _flat(SearchConfig.load(path).model_dump()), _flat(config.model_dump())
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -92,6 +91,17 @@ def claim(folder: Path, config: SearchConfig) -> None:
             f"{folder}: holds a run with other settings ({named}{more}); give the same ones to go "
             "on with it, or another --output"
         )
+
+
+def claim(folder: Path, config: SearchConfig) -> None:
+    """Write `config` into a new run folder, or check that an old one has the same.
+
+    Raises:
+        RunFolderError, SpecError: see `refuse_other_run`.
+    """
+    refuse_other_run(folder, config)
+    if not (folder / FILE).is_file():
+        config.save(folder / FILE)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
