@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimnas.cli.latency_build import build
+from slimnas.cli.output import JsonOption, note, print_json, shown_path
 
 if TYPE_CHECKING:
     from slimnas.latency.estimate import Estimate
@@ -20,7 +20,6 @@ app = typer.Typer(no_args_is_help=True, help="Latency tables: show, estimate, me
 app.command()(build)
 
 DeviceName = Annotated[str, typer.Argument(help="Name of a latency table, or its folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 @app.command("list")
@@ -35,10 +34,12 @@ def list_devices(as_json: JsonOption = False) -> None:
         try:
             found.append(LatencyTable.load(folder))
         except LatencyTableError as error:
-            typer.echo(f"skipped {folder}: {error}", err=True)
+            note(f"skipped {folder}: {error}")
     if as_json:
-        devices = [{**_identity(t), "rows": len(t.rows), "path": _shown(t)} for t in found]
-        typer.echo(json.dumps({"devices": devices}))
+        devices = [
+            {**_identity(t), "rows": len(t.rows), "path": shown_path(Path(t.source))} for t in found
+        ]
+        print_json({"devices": devices})
         return
     for table in found:
         typer.echo(provenance_line(table))
@@ -56,14 +57,14 @@ def show(
     table = find_device(device)
     counts = Counter(f"{row.key.component} {row.key.type}" for row in table.rows)
     if as_json:
-        typer.echo(provenance_line(table), err=True)
+        note(provenance_line(table))
         summary: dict[str, Any] = {**table.device.model_dump(mode="json"), "counts": dict(counts)}
         if rows:
             summary["rows"] = [
                 {"component": str(row.key), "latency_ms": row.latency_ms, "kind": row.kind}
                 for row in table.rows
             ]
-        typer.echo(json.dumps(summary))
+        print_json(summary)
         return
     typer.echo(provenance_line(table))
     for line in _description(table.device):
@@ -100,7 +101,7 @@ def estimate(
     result = price(get(architecture).architecture, table, allow_extrapolation=extrapolate)
     typer.echo(provenance_line(table), err=as_json)
     if as_json:
-        typer.echo(json.dumps(_result(result, table)))
+        print_json(_result(result, table))
     else:
         _print_estimate(architecture, result)
 
@@ -175,14 +176,5 @@ def _description(device: DeviceInfo) -> Iterable[str]:
         yield f"{100 * device.interval.level:.0f} % interval: {limits}, {device.interval.basis}"
     for name, value in device.model.items():
         yield f"model, {name}: {value:g}"
-    for note in (*device.sources, *device.notes):
-        yield f"note: {note}"
-
-
-def _shown(table: LatencyTable) -> str:
-    """The table's folder, relative to the working directory if it lies in it."""
-    path = Path(table.source)
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+    for text in (*device.sources, *device.notes):
+        yield f"note: {text}"
