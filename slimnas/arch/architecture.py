@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from datetime import date
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ from slimnas.arch.documents import (
     parse_spec,
     save_document,
 )
-from slimnas.arch.efficientformer import MB3D, MB4D, Conv3x3, ConvStem, Count, LinearHead
+from slimnas.arch.efficientformer import MB3D, MB4D, MOST, Conv3x3, ConvStem, Count, LinearHead
 from slimnas.arch.shapes import FeatureShape
 
 SCHEMA = "slimnas/architecture/1"
@@ -53,8 +54,9 @@ class InputSpec(Spec):
     @field_validator("resolution", mode="before")
     @classmethod
     def _known_form(cls, value: Any) -> Any:
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        if not is_int and not (isinstance(value, (list, tuple)) and len(value) == 2):
+        sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+        # Checked here, so that a fault is one line, not one per form. `type`: a bool is an int.
+        if not all(type(side) is int and 1 <= side <= MOST for side in sides):
             raise ValueError(f"must be a side in pixels or [height, width]; got {value!r}")
         return value
 
@@ -100,6 +102,17 @@ class Architecture(Spec):
     stages: Annotated[tuple[StageSpec, ...], Field(min_length=1)]
     head: HeadSpec
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("provenance")
+    @classmethod
+    def _plain(cls, provenance: dict[str, Any]) -> dict[str, Any]:
+        """Keep what JSON can hold; YAML's dates become text."""
+        try:
+            text = json.dumps(provenance, default=_date_text, allow_nan=False)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"must hold plain values ({error})") from error
+        plain: dict[str, Any] = json.loads(text)
+        return plain
 
     @model_validator(mode="after")
     def _widths_connect(self) -> Architecture:
@@ -204,6 +217,12 @@ class Architecture(Spec):
         if self.provenance:
             body["provenance"] = self.provenance
         return body
+
+
+def _date_text(value: object) -> str:
+    if isinstance(value, date):
+        return value.isoformat()
+    raise TypeError(f"got a {type(value).__name__}")
 
 
 def _compact_stage(stage: StageSpec) -> dict[str, Any]:

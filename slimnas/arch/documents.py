@@ -6,12 +6,14 @@ with a safe loader that also refuses duplicate keys, and validated by a pydantic
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from slimnas._files import atomic_write_text, read_text
 from slimnas.errors import SpecError, suggest
@@ -36,6 +38,36 @@ class Spec(BaseModel):
 
 SpecT = TypeVar("SpecT", bound=BaseModel)
 
+_LEAKS = (ValueError, LookupError, AttributeError, RecursionError)
+"""What PyYAML's safe loader lets through: impossible dates, huge numbers, deep nesting."""
+
+_MUST = {
+    "missing": "missing",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be finite",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "model_attributes_type": "must be a mapping",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "too_short": "must have at least {min_length} item(s), has {actual_length}",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+    "union_tag_invalid": "must be one of {expected_tags}, got {tag!r}",
+    "union_tag_not_found": "missing",
+}
+"""Wording of the faults pydantic finds, by its name for them; the rest keep pydantic's own."""
+
 
 def load_document(path: Path, schema: str, what: str) -> dict[str, Any]:
     """Read a YAML document and check its schema line.
@@ -59,7 +91,7 @@ def parse_document(text: str, schema: str, what: str, *, source: str) -> dict[st
     """Like `load_document`, for text already read; `source` names it in messages."""
     try:
         data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *_LEAKS) as error:
         raise SpecError(f"{source}: not valid YAML: {_one_line(error)}") from error
     if not isinstance(data, dict):
         raise SpecError(f"{source}: must be a mapping that describes {what}, got {_kind(data)}")
@@ -96,7 +128,7 @@ def parse_spec(model: type[SpecT], data: Mapping[str, Any], *, source: str) -> S
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise SpecError("\n".join(_fault_lines(error, source))) from error
+        raise SpecError("\n".join(_fault_lines(error, data, source))) from error
 
 
 def dump_yaml(schema: str, body: Mapping[str, Any]) -> str:
@@ -115,7 +147,7 @@ def save_document(path: Path, schema: str, body: Mapping[str, Any]) -> None:
     atomic_write_text(path, dump_yaml(schema, body))
 
 
-def _fault_lines(error: ValidationError, source: str) -> list[str]:
+def _fault_lines(error: ValidationError, data: object, source: str) -> list[str]:
     lines = []
     faults = error.errors()
     for fault in faults:
@@ -123,23 +155,42 @@ def _fault_lines(error: ValidationError, source: str) -> list[str]:
             other["loc"][: len(fault["loc"])] == fault["loc"] != other["loc"] for other in faults
         ):
             continue  # a consequence of the deeper fault
-        where = _key_path(fault["loc"])
-        message = fault["msg"].removeprefix("Value error, ")
-        given = fault["input"]
-        shows_input = fault["type"] not in ("value_error", "missing")
-        if shows_input and isinstance(given, (str, int, float, bool, type(None))):
-            message += f", got {given!r}"
+        where = _key_path(fault, data)
+        message = _message(fault)
         lines.append(f"{source}: {where}: {message}" if where else f"{source}: {message}")
     return lines
 
 
-def _key_path(location: tuple[int | str, ...]) -> str:
-    path = ""
-    for part in location:
+def _message(fault: ErrorDetails) -> str:
+    kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
+    if kind == "value_error":
+        return fault["msg"].removeprefix("Value error, ")
+    message = _MUST.get(kind, fault["msg"]).format(**context)
+    if kind == "union_tag_invalid":
+        known = re.findall(r"'([^']*)'", context["expected_tags"])
+        return message + suggest(context["tag"], known)
+    if kind == "literal_error" and isinstance(given, str):
+        known = re.findall(r"'([^']*)'", context["expected"])
+        return f"{message}, got {given!r}{suggest(given, known)}"
+    says_given = kind in ("missing", "too_short", "union_tag_not_found")
+    if not says_given and isinstance(given, (str, int, float, bool, type(None))):
+        message += f", got {given!r}"
+    return message
+
+
+def _key_path(fault: ErrorDetails, data: object) -> str:
+    """Where the fault is in the document: pydantic's place without its names for alternatives."""
+    path, at, last = "", data, len(fault["loc"]) - 1
+    for depth, part in enumerate(fault["loc"]):
+        is_missing = fault["type"] == "missing" and depth == last
         if isinstance(part, int):
             path += f"[{part}]"
-        elif part.isidentifier():
+            at = at[part] if isinstance(at, Sequence) and part < len(at) else None
+        elif is_missing or (isinstance(at, Mapping) and part in at):
             path += f".{part}" if path else part
+            at = at.get(part) if isinstance(at, Mapping) else None
+    if fault["type"].startswith("union_tag"):
+        path += ".type"
     return path
 
 
@@ -147,7 +198,10 @@ def _kind(data: object) -> str:
     return "an empty file" if data is None else f"a {type(data).__name__}"
 
 
-def _one_line(error: yaml.YAMLError) -> str:
+def _one_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
     return " ".join(str(error).split())
 
 

@@ -16,7 +16,10 @@ from pydantic import Field, field_validator
 from slimnas.arch.documents import Spec
 from slimnas.arch.shapes import Cost, FeatureShape, operator_cost
 
-Count = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
+MOST = 1_000_000
+"""Upper bound of every count, so that a typing error does not fill the memory."""
+
+Count = Annotated[int, Field(strict=True, ge=1, le=MOST)]
 """A width, a number of heads, a repeat: a whole number of at least one."""
 
 MLP_RATIO = 4

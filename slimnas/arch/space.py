@@ -200,6 +200,11 @@ class SearchSpace(Spec):
                 )
         if self.limits.monotone_widths:
             self._check_monotone_possible()
+        if not self.attention_counts():
+            raise ValueError(
+                "limits.attention_last: cannot hold, a stage that only offers mb3d is followed by "
+                "a stage without it; change choices, or set attention_last to false"
+            )
         return self
 
     def _check_monotone_possible(self) -> None:
@@ -238,6 +243,11 @@ class SearchSpace(Spec):
 
     def fault(self, selection: Selection) -> str | None:
         """Say why `selection` is not in the space, or None when it is."""
+        if not len(selection.widths) == len(selection.paths) == len(self.stages):
+            return (
+                f"{len(selection.widths)} widths and {len(selection.paths)} stages of paths, "
+                f"the space has {len(self.stages)} stages"
+            )
         for i, (stage, width, slots) in enumerate(
             zip(self.stages, selection.widths, selection.paths, strict=True)
         ):
@@ -286,10 +296,10 @@ class SearchSpace(Spec):
         )
 
     def largest(self, attention: int = 0) -> Selection:
-        """Every slot active at full width, the last `attention` slots MB3D.
+        """Every slot active at full width, the last `attention` slots MB3D and no others.
 
         Raises:
-            SpecError: so many attention blocks do not fit the stages that allow them.
+            SpecError: the stages' choices do not allow that number of attention blocks.
         """
         selection = Selection(
             tuple(stage.width.max for stage in self.stages),
@@ -297,20 +307,26 @@ class SearchSpace(Spec):
         )
         tail = selection.active()[len(selection.active()) - attention :]
         if attention > len(selection.active()):
-            raise SpecError(f"search space {self.name}: has no room for {attention} MB3D blocks")
+            raise SpecError(
+                f"search space {self.name}: cannot have {attention} MB3D blocks: it has "
+                f"{len(selection.active())} slots"
+            )
         for stage, slot, _ in tail:
             selection = selection.with_path(stage, slot, ATTENTION)
         fault = self.fault(selection)
+        fewest = sum(choice == ATTENTION for *_, choice in selection.active())
+        if fault is None and fewest > attention:
+            fault = f"stages that offer nothing else have {fewest}"
         if fault is not None:
             raise SpecError(
-                f"search space {self.name}: has no room for {attention} MB3D blocks: {fault}"
+                f"search space {self.name}: cannot have {attention} MB3D blocks: {fault}"
             )
         return selection
 
     def smallest(self) -> tuple[Selection, ...]:
         """The selections of least widths and depths, one for each number of MB3D blocks."""
-        found = []
-        for attention in self.attention_counts():
+        found: list[Selection] = []
+        for attention in range(sum(stage.min_depth for stage in self.stages) + 1):
             left = attention
             paths: list[tuple[str, ...]] = []
             for stage in reversed(self.stages):
@@ -321,7 +337,7 @@ class SearchSpace(Spec):
                 paths.append(idle + convolutions + (ATTENTION,) * tail)
             widths = tuple(stage.width.min for stage in self.stages)
             selection = Selection(widths, tuple(reversed(paths)))
-            if left == 0 and self.fault(selection) is None:
+            if selection not in found and self.fault(selection) is None:
                 found.append(selection)
         return tuple(found)
 
