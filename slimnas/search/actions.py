@@ -95,7 +95,9 @@ def open_actions(
         found = _least(found, lambda a: importance.path_importance(a.stage, a.slot or 0))
         thinner = _least(thinner, lambda a: importance.stage_importance(a.stage))
     attention = _remove_attention(space, selection)
-    if attention is not None and attention not in found:
+    if attention is not None and all(
+        attention.apply(selection) != action.apply(selection) for action in found
+    ):
         found.append(attention)
     before = price(selection)
     saving = [a for a in found if before - price(a.apply(selection)) > MIN_SAVING_MS]

@@ -34,6 +34,7 @@ from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
 from slimnas.search.importance import ImportanceRecord
 from slimnas.search.slimming import Slimmer, check_reachable
+from slimnas.search.target import latency_label
 from slimnas.search.trajectory import Trajectory
 from slimnas.supernet.channel_order import taylor_order
 from slimnas.supernet.inherit import Inheritance
@@ -164,9 +165,15 @@ def run_search(
 
     Raises:
         UnreachableTargetError: greedy found no way to a target.
+        SpecError: `supernet` was trained for another space, head or resolution.
         WeightsError, RunFolderError: a damaged or foreign file in the folder.
         RuntimeUnavailableError: this machine lacks `train_on`.
     """
+    if supernet is not None and supernet.supernet.resolution != config.resolution:
+        raise SpecError(
+            f"the supernet was trained at {supernet.supernet.resolution} px, the data are at "
+            f"{config.resolution} px; leave out --resolution"
+        )
     accelerator = accelerator_for(train_on)
     trained = supernet or _supernet(config, space, data, folder, listener, accelerator)
     require_same_space(trained, space, "the supernet")
@@ -251,10 +258,13 @@ def _supernet(
     listener: Listener,
     accelerator: Accelerator,
 ) -> TrainedSupernet:
+    assert config.recipe is not None
     finished = folder / SUPERNET
     if finished.is_file():
-        return load_supernet(finished)
-    assert config.recipe is not None
+        trained = load_supernet(finished)
+        _require_same_training(trained, config, data, finished)
+        (folder / TRAINING_STATE).unlink(missing_ok=True)  # stopped between the two
+        return trained
     supernet = Supernet(
         space,
         resolution=config.resolution,
@@ -281,6 +291,24 @@ def _supernet(
     save_supernet(finished, trained)
     (folder / TRAINING_STATE).unlink(missing_ok=True)
     return trained
+
+
+def _require_same_training(
+    trained: TrainedSupernet, config: SearchConfig, data: SearchData, path: Path
+) -> None:
+    assert config.recipe is not None
+    wanted = {
+        "resolution": config.resolution,
+        "recipe": config.recipe.model_dump(mode="json"),
+        "seed": config.seed,
+        "data": data.digest,
+    }
+    other = [key for key, value in wanted.items() if trained.provenance.get(key) != value]
+    if other:
+        raise RunFolderError(
+            f"{path}: was trained with another {', '.join(other)}; restore what it was trained "
+            "with, or give another --output"
+        )
 
 
 def _require_space_on_disk(folder: Path, supernet: Supernet) -> None:
@@ -354,7 +382,7 @@ def _save_found(
     origin: _Origin, trajectory: Trajectory, target_ms: float, steps: int, folder: Path
 ) -> Found:
     selection, _, top1 = trajectory.states[steps]
-    name = f"{origin.space.name}_{origin.table.device.name}_{target_ms:g}ms"
+    name = f"{origin.space.name}_{origin.table.device.name}_{latency_label(target_ms)}"
     provenance = {
         "found_by": "slimnas search, greedy latency-driven slimming",
         "target_ms": target_ms,
@@ -399,7 +427,7 @@ def _metrics(
 
 
 def _found_folder(folder: Path, config: SearchConfig, target_ms: float) -> Path:
-    return folder if len(config.targets_ms) == 1 else folder / FOUND / f"{target_ms:g}ms"
+    return folder if len(config.targets_ms) == 1 else folder / FOUND / latency_label(target_ms)
 
 
 def _append_log(path: Path, progress: Progress) -> None:
