@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slimnas.arch.space import SearchSpace
+from slimnas.data.batches import ImageSet
 from slimnas.data.splits import SearchData
 from slimnas.errors import WeightsError
 from slimnas.nn.tensorfiles import load_tensors, save_tensors
@@ -51,6 +52,10 @@ class SupernetRecipe(TrainRecipe):
     alpha_lr: Positive = 1e-2
     alpha_weight_decay: float = 0.0
     layer_scale: Positive = 0.1
+
+    def tau(self, step: int, steps: int) -> float:
+        """Temperature of `step` (from 0) of `steps`."""
+        return temperature(step / max(1, steps - 1), self.tau_start, self.tau_end)
 
 
 @dataclass(frozen=True)
@@ -107,20 +112,10 @@ def train_supernet(
     Raises:
         WeightsError: the checkpoint is not this run's, or the loss is no longer finite.
     """
-    steps = recipe.epochs * data.train.steps(recipe.batch_size)
+    task = supernet_task(supernet, data.train, recipe, seed=seed)
 
     def tau_at(step: int) -> float:
-        return temperature(step / max(1, steps - 1), recipe.tau_start, recipe.tau_end)
-
-    def loss(images: Tensor, labels: Tensor, step: int) -> Tensor:
-        routes = supernet.draw_routes(
-            tau_at(step),
-            mixing=recipe.mixing,
-            noise=recipe.noise,
-            generator=route_generator(seed, step),
-        )
-        logits = supernet(images, routes)
-        return cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        return recipe.tau(step, task.steps)
 
     def on_epoch(averaged: nn.Module, report: StepReport) -> None:
         assert isinstance(averaged, Supernet)
@@ -137,7 +132,6 @@ def train_supernet(
         "data": data.digest,
     }
     identity = json.dumps({**provenance, "space": supernet.space.to_yaml()}, sort_keys=True)
-    task = TrainTask(supernet, _groups(supernet, recipe), loss, data.train, recipe, seed)
     averaged = fit(
         task,
         accelerator,
@@ -149,6 +143,25 @@ def train_supernet(
     )
     assert isinstance(averaged, Supernet)
     return TrainedSupernet(averaged, weights_digest(averaged), provenance)
+
+
+def supernet_task(
+    supernet: Supernet, images: ImageSet, recipe: SupernetRecipe, *, seed: int
+) -> TrainTask:
+    """What training a supernet is: its parameter groups, and a loss that draws routes."""
+
+    def loss(images: Tensor, labels: Tensor, step: int) -> Tensor:
+        routes = supernet.draw_routes(
+            recipe.tau(step, task.steps),
+            mixing=recipe.mixing,
+            noise=recipe.noise,
+            generator=route_generator(seed, step),
+        )
+        logits = supernet(images, routes)
+        return cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+
+    task = TrainTask(supernet, _groups(supernet, recipe), loss, images, recipe, seed)
+    return task
 
 
 def route_generator(seed: int, step: int) -> torch.Generator:

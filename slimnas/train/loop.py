@@ -101,6 +101,15 @@ def accelerator_for(device: str) -> Accelerator:
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if bf16 else "no")
 
 
+def start(task: TrainTask, accelerator: Accelerator) -> TrainState:
+    """Move the model to its device and put averaged weights and optimiser beside it."""
+    task.model.to(accelerator.device)
+    groups = [{**group, "peak_lr": group["lr"]} for group in task.groups]
+    ema = copy.deepcopy(task.model).requires_grad_(False).eval()
+    # Fused: a third of the time on the CPU, where a step is short and parameters are many.
+    return TrainState(task.model, ema, torch.optim.AdamW(groups, fused=True))
+
+
 def fit(
     task: TrainTask,
     accelerator: Accelerator,
@@ -125,10 +134,7 @@ def fit(
         WeightsError: the checkpoint is not this run's, or the loss is no longer finite.
     """
     watch = watch or Watch()
-    task.model.to(accelerator.device)
-    groups = [{**group, "peak_lr": group["lr"]} for group in task.groups]
-    ema = copy.deepcopy(task.model).requires_grad_(False).eval()
-    state = TrainState(task.model, ema, torch.optim.AdamW(groups))
+    state = start(task, accelerator)
     if checkpoint is not None and checkpoint.is_file():
         load_state(checkpoint, state, identity)
     saved_at = time.monotonic()
@@ -145,7 +151,7 @@ def fit(
             start_batch=done,
         )
         for images, labels in batches:
-            losses.append(_step(task, state, accelerator, images, labels))
+            losses.append(train_step(task, state, accelerator, images, labels))
             seen += len(labels)
             report = StepReport(
                 state.step, task.steps, losses[-1], seen / (time.monotonic() - began)
@@ -155,10 +161,10 @@ def fit(
                 save_state(checkpoint, state, identity)
                 saved_at = time.monotonic()
         mean = sum(losses) / len(losses)
-        watch.on_epoch(ema, StepReport(state.step, task.steps, mean, report.images_per_s))
+        watch.on_epoch(state.ema, StepReport(state.step, task.steps, mean, report.images_per_s))
     if checkpoint is not None:
         save_state(checkpoint, state, identity)
-    return ema
+    return state.ema
 
 
 def decay_groups(
@@ -174,13 +180,25 @@ def decay_groups(
     ]
 
 
-def _step(
+def train_step(
     task: TrainTask,
     state: TrainState,
     accelerator: Accelerator,
     images: Tensor,
     labels: Tensor,
 ) -> float:
+    """Do one optimiser step and average the weights; returns the loss.
+
+    Args:
+        task: what is trained.
+        state: moved on by one step.
+        accelerator: where, in which precision.
+        images: (B, c, H, W) on the device.
+        labels: (B,).
+
+    Raises:
+        WeightsError: the loss is no longer finite; no parameter was changed by this step.
+    """
     scale = learning_rate_scale(task.recipe, state.step, task.steps)
     for group in state.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
