@@ -34,10 +34,12 @@ def taylor_order(
         name: parameter.detach().requires_grad_(True)
         for name, parameter in supernet.named_parameters()
     }
+    # In training mode BatchNorm would write to its statistics; it writes to these copies.
+    buffers = {name: buffer.clone() for name, buffer in supernet.named_buffers()}
     scores: dict[str, Tensor] = {}
     for images, labels in batches:
         for routes in routings:
-            logits = torch.func.functional_call(supernet, live, (images, routes))
+            logits = torch.func.functional_call(supernet, {**live, **buffers}, (images, routes))
             loss = cross_entropy(logits, labels)
             gradients = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
             products = {

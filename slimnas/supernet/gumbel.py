@@ -112,4 +112,4 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (output,) = ctx.saved_tensors
         grad = grads[0]
-        return grad, torch.sum(grad * output).to(ctx.weight_dtype)
+        return grad, torch.sum(grad * output, dtype=ctx.weight_dtype)

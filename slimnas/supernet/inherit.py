@@ -88,9 +88,8 @@ def sum_by_group(supernet: Supernet, values: Mapping[str, Tensor]) -> dict[str, 
                 value = values.get(f"{part.name}.{tensor_name}")
                 if value is not None:
                     others = [d for d in range(value.dim()) if d != axis]
-                    total += (
-                        value.double().sum(dim=others).cpu() if others else value.double().cpu()
-                    )
+                    whole = value.cpu().double()  # not every device has float64
+                    total += whole.sum(dim=others) if others else whole
     return sums
 
 
@@ -171,13 +170,19 @@ class Inheritance:
             selection: which slots its blocks come from; the likeliest if not given.
 
         Raises:
-            SpecError: outside the space, or another number of classes.
+            SpecError: outside the space, or other classes or image channels.
         """
         supernet = self.supernet
         if architecture.head != supernet.space.head:
             raise SpecError(
                 f"{architecture.name}: its head must be the supernet's, {supernet.space.head!r}, "
                 f"got {architecture.head!r}"
+            )
+        channels = supernet.space.input.channels
+        if architecture.input.channels != channels:
+            raise SpecError(
+                f"{architecture.name}: input.channels: must be the supernet's, {channels}, "
+                f"got {architecture.input.channels}"
             )
         if selection is None:
             selection = place(supernet, architecture)

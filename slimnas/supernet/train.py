@@ -19,7 +19,7 @@ from slimnas.arch.space import SearchSpace
 from slimnas.data.batches import ImageSet
 from slimnas.data.splits import SearchData
 from slimnas.errors import WeightsError
-from slimnas.nn.tensorfiles import load_tensors, save_tensors
+from slimnas.nn.tensorfiles import load_tensors, save_tensors, tensors_digest
 from slimnas.supernet.gumbel import temperature
 from slimnas.supernet.supernet import Supernet
 from slimnas.train.evaluate import top1_percent
@@ -172,11 +172,7 @@ def route_generator(seed: int, step: int) -> torch.Generator:
 
 def weights_digest(module: nn.Module) -> str:
     """SHA-256 (hex) over names and values of every weight and buffer."""
-    sha = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
+    return tensors_digest(module.state_dict())
 
 
 def save_supernet(path: str | Path, trained: TrainedSupernet) -> None:

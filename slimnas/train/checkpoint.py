@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimnas.errors import WeightsError
-from slimnas.nn.tensorfiles import load_tensors, save_tensors
+from slimnas.nn.tensorfiles import load_tensors, save_tensors, tensors_digest
 
 SCHEMA = "slimnas/training-state/1"
 WHAT = "the state of a training run"
@@ -53,7 +53,12 @@ def save_state(path: Path, state: TrainState, identity: str) -> None:
         tensors.update({f"{prefix}.{name}": value for name, value in module.state_dict().items()})
     for index, values in state.optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value for name, value in values.items()})
-    metadata = {"schema": SCHEMA, "identity": identity, "step": state.step}
+    metadata = {
+        "schema": SCHEMA,
+        "identity": identity,
+        "step": state.step,
+        "digest": tensors_digest(tensors),
+    }
     save_tensors(path, tensors, metadata)
 
 
@@ -73,6 +78,10 @@ def load_state(path: Path, state: TrainState, identity: str) -> None:
             f"{path}: belongs to a run with other settings, data or seed; "
             "give the same ones, or another --output"
         )
+    if metadata.get("digest") != tensors_digest(tensors):
+        raise WeightsError(
+            f"{path}: damaged, its contents do not match its digest; delete it to train again"
+        )
     groups = _by_prefix(tensors)
     try:
         state.model.load_state_dict(groups.get("model", {}))
@@ -84,7 +93,7 @@ def load_state(path: Path, state: TrainState, identity: str) -> None:
             }
         )
         state.step = int(metadata["step"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise WeightsError(f"{path}: does not fit this run ({first}); delete it") from error
 
