@@ -57,6 +57,7 @@ def build(
     from slimnas.arch.space import SearchSpace
     from slimnas.latency.devices import table_folders
     from slimnas.measure.build import BuildJob, build_table
+    from slimnas.measure.machine import load_average, this_machine
     from slimnas.measure.timing import Protocol
     from slimnas.runtimes.registry import get_runtime
 
@@ -67,6 +68,12 @@ def build(
         force=force,
     )
     runtime = get_runtime(backend.value, threads=threads)
+    load, cores = load_average(), this_machine().cores
+    if clock is Clock.WALL and load is not None and load + threads > cores:
+        note(
+            f"load average {load:.1f} on {cores} cores: others take turns on them, which a wall "
+            "clock counts; free the machine, or measure one thread with --clock cpu"
+        )
     try:
         with _progress_bar() as progress:
             built = build_table(job, runtime, progress=progress)
