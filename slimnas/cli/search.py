@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import sys
@@ -125,6 +126,10 @@ def search(
 
     Example: slimnas search --target-latency 1.6ms --device iphone12
     """
+    # Read by OpenMP when torch loads it: threads that wait sleep instead of spinning, which on
+    # cores shared with other work is several times faster and on free cores costs little.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from slimnas.search.target import parse_latency_ms
 
     recipe = {
