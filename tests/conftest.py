@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+
+# Before torch loads OpenMP: tests run beside each other, and spinning threads starve them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
