@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from slimnas.data.batches import ImageSet, Split
-    from slimnas.data.sources import Source, load_source
+    from slimnas.data.load import load_source
+    from slimnas.data.sources import Source
     from slimnas.data.splits import DataOptions, DataSplits, SearchData, open_data, split_source
 
 _HOME = {
@@ -21,7 +22,7 @@ _HOME = {
     "SearchData": "splits",
     "Source": "sources",
     "Split": "batches",
-    "load_source": "sources",
+    "load_source": "load",
     "open_data": "splits",
     "split_source": "splits",
 }

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from slimnas.data.batches import ImageSet, LazyPixels, MemoryPixels, PixelStore, Split, permutation
 from slimnas.data.decode import check_header, decode_rows
-from slimnas.data.sources import ImageTable, LongArray, Source, load_source
+from slimnas.data.load import load_source
+from slimnas.data.sources import ImageTable, LongArray, Source
 from slimnas.errors import DataError
 
 _LIMIT, _TEST, _SEARCH, _SAMPLE = 11, 12, 13, 14  # keep the random streams of one seed apart
