@@ -37,6 +37,7 @@ def micro_space() -> SearchSpace:
 class Additive:
     """Latency and accuracy as sums over slots and stages, drawn from a seed.
 
+    Slots of a stage cost the same, attention more than convolution, as in every real table.
     What a slot's blocks are worth is also what the supernet's importance says.
     """
 
@@ -52,10 +53,12 @@ class Additive:
         rng = random.Random(seed)
         slot_ms, slot_points, width_ms, width_points = {}, {}, {}, {}
         for i, stage in enumerate(space.stages):
+            conv_ms = rng.uniform(0.05, 0.3)
+            block_ms = {"mb4d": conv_ms, "mb3d": conv_ms * rng.uniform(1.1, 2.0)}
             for j in range(stage.slots):
                 for choice in stage.blocks:
-                    scale = 1.5 if choice == "mb3d" else 1.0  # attention costs and gives more
-                    slot_ms[i, j, choice] = scale * rng.uniform(0.05, 0.3)
+                    scale = 1.5 if choice == "mb3d" else 1.0
+                    slot_ms[i, j, choice] = block_ms[choice]
                     slot_points[i, j, choice] = scale * rng.uniform(0.2, 6.0)
             ms = points = 0.0
             for width in stage.width.values:
