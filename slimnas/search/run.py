@@ -384,7 +384,7 @@ def _save_found(
     selection, _, top1 = trajectory.states[steps]
     name = f"{origin.space.name}_{origin.table.device.name}_{latency_label(target_ms)}"
     provenance = {
-        "found_by": "slimnas search, greedy latency-driven slimming",
+        "source": "slimnas search, greedy latency-driven slimming",
         "target_ms": target_ms,
         "seed": origin.config.seed,
         "supernet_digest": origin.trained.digest,

@@ -26,15 +26,20 @@ def model_card(architecture: Architecture, metrics: Metrics) -> str:
         "| number | value | where it comes from |",
         "|---|---|---|",
         *(
-            f"| {name} | {metric.value:g} | {metric.provenance.replace('|', '/')} |"
+            f"| {name} | {_plain(metric.value)} | {metric.provenance.replace('|', '/')} |"
             for name, metric in metrics.items()
         ),
         "",
         "```python",
-        "from slimnas.zoo.create import create_model",
+        "import slimnas",
         "",
-        f'network = create_model("{architecture.name}", pretrained=True)',
+        f'network = slimnas.create_model("{architecture.name}", pretrained=True)',
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _plain(value: float) -> str:
+    """Whole numbers in full, others to four digits."""
+    return f"{int(value):,}" if value == int(value) else f"{value:.4g}"
