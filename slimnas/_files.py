@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from slimnas.errors import RunFolderError, SlimnasError
+
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp(\.\w+)?")
+"""Names `atomic_path` gives."""
 
 
 @contextlib.contextmanager
@@ -56,6 +60,16 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Like `atomic_write_bytes`, for UTF-8 text."""
     atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed writer left anywhere below `folder`.
+
+    Only for a folder nobody else writes to, such as a locked run folder.
+    """
+    for path in Path(folder).rglob(".*.tmp*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def read_text(path: Path, error_type: type[SlimnasError], what: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from slimnas._files import atomic_write_text
+from slimnas._files import atomic_write_text, remove_leftovers
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import CostReport, cost
 from slimnas.arch.space import SearchSpace, Selection
@@ -174,6 +174,7 @@ def run_search(
             f"the supernet was trained at {supernet.supernet.resolution} px, the data are at "
             f"{config.resolution} px; leave out --resolution"
         )
+    remove_leftovers(folder)
     accelerator = accelerator_for(train_on)
     trained = supernet or _supernet(config, space, data, folder, listener, accelerator)
     require_same_space(trained, space, "the supernet")
