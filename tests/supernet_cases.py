@@ -8,13 +8,13 @@ from torch import Tensor
 from slimnas.arch.space import SearchSpace
 from slimnas.supernet.supernet import Supernet
 
-RESOLUTION = 32
+RESOLUTION = 48
 CLASSES = 5
 
 MICRO = """
 schema: slimnas/search-space/1
 name: micro
-input: {channels: 3, resolution: 32}
+input: {channels: 3, resolution: 48}
 stem: {type: conv_stem, act: relu}
 stages:
 - {width: {min: 4, max: 8, step: 2}, slots: 2, choices: [mb4d, identity]}
@@ -29,7 +29,7 @@ blocks:
   mb4d: {ffn_ratio: 2}
   mb3d: {heads: 2, qk_dim: 3, v_dim: 5, ffn_ratio: 2}
 limits: {attention_last: true, monotone_widths: true}
-supernet: {resolution: 32}
+supernet: {resolution: 48}
 """
 
 
