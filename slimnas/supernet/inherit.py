@@ -170,7 +170,7 @@ class Inheritance:
             selection: which slots its blocks come from; the likeliest if not given.
 
         Raises:
-            SpecError: outside the space, or other classes or image channels.
+            SpecError: outside the space, other classes or image channels, or another selection's.
         """
         supernet = self.supernet
         if architecture.head != supernet.space.head:
@@ -186,6 +186,11 @@ class Inheritance:
             )
         if selection is None:
             selection = place(supernet, architecture)
+        elif supernet.space.architecture(selection).stages != architecture.stages:
+            raise SpecError(
+                f"{architecture.name}: selection must be one that gives this architecture, "
+                f"got {selection!r}"
+            )
         state = {}
         for component, source in self.components(selection):
             module = self.module(component, source)
