@@ -64,4 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         return 1
+    except OSError as error:  # what no message of ours covers, such as a full disk behind stdout
+        if DEBUG in given:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        return 1
     return 0

@@ -209,7 +209,8 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
     from slimnas.cli.progress import SearchProgress
     from slimnas.data.splits import open_data
     from slimnas.search.config import claim, refuse_other_run
-    from slimnas.search.run import check_search, run_search
+    from slimnas.search.run import check_search, require_same_space, run_search
+    from slimnas.train.loop import accelerator_for
 
     config = inputs.config
     with folder_lock(folder):
@@ -224,6 +225,9 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
         )
         space = inputs.space.with_classes(data.classes)
         check_search(space, inputs.table, config)
+        if inputs.supernet is not None:
+            require_same_space(inputs.supernet, space, "--supernet")
+        accelerator_for(train_on)
         claim(folder, config)  # only now: a refused run leaves no settings behind
         note(f"data: {data.description}")
         note(

@@ -1,0 +1,141 @@
+"""The command line from outside: which commands and options there are, and what help costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from cli_world import slimnas
+
+import slimnas as package
+from slimnas.cli.main import app
+
+COMMANDS = {
+    "slimnas": "--debug --version",
+    "slimnas search": (
+        "--alpha-lr --batch-size --data --device --epochs --frontier --json --lr --max-images "
+        "--mixing --noise --output --resolution --search-images --seed --skip-bad-images --space "
+        "--supernet --target-latency --tau-end --tau-start --train-on"
+    ),
+    "slimnas space": "",
+    "slimnas space list": "--json",
+    "slimnas space show": "--json SPACE",
+    "slimnas space validate": "--json FILES",
+    "slimnas latency": "",
+    "slimnas latency build": (
+        "--backend --clock --device --force --json --output --rounds --seed --space --threads"
+    ),
+    "slimnas latency list": "--json",
+    "slimnas latency show": "--json --rows DEVICE",
+    "slimnas latency estimate": "--device --extrapolate --json ARCHITECTURE",
+    "slimnas zoo": "",
+    "slimnas zoo list": "--json --zoo",
+    "slimnas zoo show": "--json --zoo MODEL",
+    "slimnas zoo add": "--json --name --zoo RUN",
+    "slimnas zoo export": (
+        "--dynamic-batch --format --json --output --seed --untrained --weights --zoo MODEL"
+    ),
+}
+HEAVY = ("torch", "numpy", "scipy", "yaml", "datasets", "matplotlib", "accelerate")
+
+
+def surface(command: Any, name: str) -> Iterator[tuple[str, str]]:
+    options = (o if o.startswith("-") else o.upper() for p in command.params for o in p.opts)
+    yield name, " ".join(sorted(options))
+    for word, child in getattr(command, "commands", {}).items():
+        yield from surface(child, f"{name} {word}")
+
+
+def test_commands_and_options_are_the_known_ones() -> None:
+    found = dict(surface(typer.main.get_command(app), "slimnas"))
+    assert found == COMMANDS, (
+        "the command line changed: if that is meant, change COMMANDS here, the docs that show the "
+        "command, and CHANGELOG.md; removing or renaming an option breaks people's scripts"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"], ["zoo", "add", "-h"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from slimnas.cli import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        f"print('imported', [m for m in {HEAVY!r} if m in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert "Usage:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imported []"
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in COMMANDS:
+        answer = slimnas(capsys, *name.split()[1:], "--help")
+        assert answer.code == 0, name
+        assert f"Usage: {name}" in answer.out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert slimnas(capsys, "--version").out == f"slimnas {package.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("serach", "No such command 'serach'. Did you mean 'search'?"),
+        ("search --device iphone12", "Missing option '--target-latency'"),
+        ("search --target-latency 1ms", "Missing option '--device'"),
+        ("search --target-latency 1ms --device iphone12 --epochs 0", "greater than or equal to 1"),
+        ("search --target-latency 1ms --device iphone12 --mixing hard", "--mixing"),
+        ("zoo export efficientformer_l1 --format tflite", "--format"),
+        ("latency build --backend abacus", "--backend"),
+    ],
+)
+def test_wrong_usage_exits_with_2(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = slimnas(capsys, *arguments.split())
+    assert answer.code == 2
+    assert answer.out == ""
+    assert message in " ".join(answer.err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        ("space list", {"spaces"}),
+        ("space show efficientformer_tiny", {"name", "macs", "params", "space"}),
+        ("latency list", {"devices"}),
+        ("latency show iphone12", {"name", "kind", "errors", "counts"}),
+        (
+            "latency estimate efficientformer_l1 --device iphone12",
+            {"latency_ms", "interval_ms", "rows", "exact", "interpolated", "extrapolated"},
+        ),
+        ("zoo list", {"entries"}),
+        ("zoo show efficientformer_l1", {"name", "params", "macs", "source", "architecture"}),
+    ],
+)
+def test_json_is_one_object_and_all_there_is_on_stdout(
+    arguments: str, keys: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = slimnas(capsys, *arguments.split(), "--json")
+    assert answer.code == 0
+    assert answer.out.count("\n") == 1
+    assert answer.json().keys() >= keys
+
+
+def test_a_broken_pipe_is_no_traceback() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m slimnas latency show iphone12 --rows | head -n 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith("iphone12 (estimated)")
