@@ -210,14 +210,19 @@ def test_refused_before_anything_is_trained() -> None:
 
 MOMENTS = [
     "3 step",
+    "1 epoch",
+    "1 before metrics.jsonl",
     "1 before training.safetensors",
     "1 before supernet.safetensors",
     "1 after supernet.safetensors",
     "1 before trajectory.jsonl",
+    "1 after trajectory.jsonl",
     "5 evaluated",
+    "2 slimmed",
     "3 before trajectory.jsonl",
     "1 before weights.safetensors",
     "1 after weights.safetensors",
+    "1 before architecture.yaml",
     "every 4 step",
     "every 7 evaluated",
 ]
