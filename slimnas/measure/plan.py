@@ -19,9 +19,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slimnas.arch.architecture import Architecture
+from slimnas.arch.efficientformer import LinearHead
+from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.space import SearchSpace
 from slimnas.arch.walk import Component, walk
 from slimnas.latency.keys import PriceKey, price_key
@@ -33,6 +35,10 @@ a quadratic cost is then at most 2 % too high: ((r - 1) / (r + 1))**2."""
 
 PAIR_RATIO = 1.6
 """The same for each of the two widths of a downsample; at most 5 % off between the rows."""
+
+CLASSES = (2, 1000)
+"""Heads are timed for these numbers of classes and the space's own, so that one table prices the
+head of most data sets, by interpolation."""
 
 Parts = tuple[Component, ...]
 """Components in execution order: a network, or a piece of one; empty for `nothing`."""
@@ -141,7 +147,12 @@ def _component_entries(space: SearchSpace, chains: tuple[int, int]) -> Iterator[
     every_pair = space.model_copy(
         update={"limits": space.limits.model_copy(update={"monotone_widths": False})}
     )
-    components = [part for part in space_components(every_pair) if _on_grid(part, space)]
+    components = [
+        sized
+        for part in space_components(every_pair)
+        if _on_grid(part, space)
+        for sized in _class_counts(part)
+    ]
     neighbours = _neighbours(space)
     seen = set()
     for part in components:
@@ -149,6 +160,16 @@ def _component_entries(space: SearchSpace, chains: tuple[int, int]) -> Iterator[
         if key not in seen:
             seen.add(key)
             yield Entry(str(key), _terms(part, neighbours, chains), key)
+
+
+def _class_counts(part: Component) -> Iterator[Component]:
+    """A head once per number of classes; anything else as it is."""
+    if not isinstance(part.spec, LinearHead):
+        yield part
+        return
+    for classes in sorted({*CLASSES, part.spec.classes}):
+        spec = part.spec.model_copy(update={"classes": classes})
+        yield replace(part, spec=spec, output=FeatureShape(classes, 1, 1))
 
 
 def _terms(
