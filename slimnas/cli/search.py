@@ -171,7 +171,7 @@ def _open_inputs(
     from slimnas.arch.space import SearchSpace
     from slimnas.latency.devices import find_device, provenance_line
     from slimnas.search.config import SearchConfig
-    from slimnas.search.run import check_search, space_digest, table_digest
+    from slimnas.search.run import check_before_data, space_digest, table_digest
     from slimnas.supernet.train import SupernetRecipe, load_supernet
 
     table = find_device(device)
@@ -200,7 +200,7 @@ def _open_inputs(
         },
         source="command line",
     )
-    check_search(space, table, config)
+    check_before_data(space, table, config)
     return _Inputs(config, space, table, trained)
 
 

@@ -26,7 +26,13 @@ from slimnas.arch.space import SearchSpace, Selection
 from slimnas.data.batches import ImageSet
 from slimnas.data.splits import SearchData
 from slimnas.errors import RunFolderError, SpecError
-from slimnas.latency.estimate import Estimate, estimate, latency_ms, require_prices
+from slimnas.latency.estimate import (
+    Estimate,
+    estimate,
+    latency_ms,
+    missing_components,
+    require_prices,
+)
 from slimnas.latency.rows import rows_to_csv
 from slimnas.latency.table import LatencyTable
 from slimnas.search.actions import Price
@@ -56,6 +62,7 @@ METRICS_LOG = "metrics.jsonl"
 IMPORTANCE = "importance.json"
 TRAJECTORY = "trajectory.jsonl"
 TAYLOR_BATCHES, TAYLOR_BATCH = 4, 64
+FEWEST_CLASSES = 2
 
 
 class Listener(Protocol):
@@ -128,6 +135,20 @@ def check_search(space: SearchSpace, table: LatencyTable, config: SearchConfig) 
     """
     require_prices(space, table)
     check_reachable(space, pricer(space, table), config.targets_ms)
+
+
+def check_before_data(space: SearchSpace, table: LatencyTable, config: SearchConfig) -> None:
+    """Refuse what no data could mend, while the number of classes is not known.
+
+    Raises:
+        MissingLatencyError: the table cannot price a component other than the head.
+        UnreachableTargetError: a target is below the smallest network with the smallest head.
+    """
+    if any(key.component != "head" for key in missing_components(space, table)):
+        require_prices(space, table)
+    smallest_head = space.with_classes(FEWEST_CLASSES)
+    if not missing_components(smallest_head, table):
+        check_search(smallest_head, table, config)
 
 
 def pricer(space: SearchSpace, table: LatencyTable) -> Price:
