@@ -58,13 +58,13 @@ class Answer(NamedTuple):
 def lay_out(folder: Path) -> None:
     """Write `space.yaml` and `lookup_tables/bench`, whose prices are 1 ms per 10 million MACs."""
     (folder / "space.yaml").write_text(SPACE)
-    save_table(folder, SearchSpace.from_yaml(SPACE))
+    save_table(folder / "lookup_tables" / "bench", SearchSpace.from_yaml(SPACE))
 
 
-def save_table(folder: Path, space: SearchSpace, name: str = "bench") -> None:
-    """Write a table that prices every component of `space`."""
+def save_table(folder: Path, *spaces: SearchSpace) -> None:
+    """Write a table that prices every component of the spaces."""
     device = DeviceInfo(
-        name=name,
+        name=folder.name,
         device="a test bench",
         soc="none",
         os="none",
@@ -77,10 +77,11 @@ def save_table(folder: Path, space: SearchSpace, name: str = "bench") -> None:
         tool_version="slimnas 0",
         kind="measured",
     )
-    prices = {price_key(c): 1e-7 * component_cost(c).macs for c in space_components(space)}
+    components = (part for space in spaces for part in space_components(space))
+    prices = {price_key(part): 1e-7 * component_cost(part).macs for part in components}
     rows = [PriceRow(key, ms, 0.001, 9, "measured") for key, ms in prices.items()]
     rows.append(PriceRow(OVERHEAD, 0.1, 0.001, 9, "measured"))
-    LatencyTable(device, tuple(rows)).save(folder / "lookup_tables" / name)
+    LatencyTable(device, tuple(rows)).save(folder)
 
 
 def slimnas(capsys: pytest.CaptureFixture[str], *arguments: object) -> Answer:

@@ -7,6 +7,8 @@ import os
 
 # Before torch loads OpenMP: tests run beside each other, and spinning threads starve them.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 

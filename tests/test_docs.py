@@ -1,0 +1,167 @@
+"""What is written down runs: every code block of the README and the docs.
+
+`slimnas` commands run in a working directory like a reader's, except that `search` stops where
+training would start and `latency build` where timing would. Shell commands that set the project
+up are what CI runs from the README.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_world import save_table
+from PIL import Image
+
+from slimnas.arch.architecture import Architecture
+from slimnas.arch.space import SearchSpace
+from slimnas.cli.main import main
+from slimnas.nn.build import build
+from slimnas.supernet.supernet import Supernet
+from slimnas.supernet.train import TrainedSupernet, save_supernet, weights_digest
+from slimnas.zoo.entry import save_model
+from slimnas.zoo.metrics import Metric
+from slimnas.zoo.registry import add
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = Path("runs/efficientformer_tiny-digits-iphone12-1.6ms")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SETUP = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e "
+NEEDS_OTHER_DATA = ("shards/", "uoft-cs/", "parquet")
+
+
+class LongWorkError(Exception):
+    """Raised where a documented command would train, slim or measure."""
+
+
+def blocks(language: str) -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        for found, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+            if found == language:
+                yield page.name, text
+
+
+def commands() -> list[tuple[str, str]]:
+    lines = ((page, line) for page, text in blocks("bash") for line in text.splitlines())
+    return [(page, line.strip()) for page, line in lines if line.strip()]
+
+
+SLIMNAS = [(page, line) for page, line in commands() if line.startswith("slimnas ")]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with everything the docs talk about."""
+    monkeypatch.chdir(tmp_path)
+    space = SearchSpace.load("efficientformer_tiny")
+    smallest = space.architecture(space.smallest()[0]).with_head(classes=10)
+    weights = build(smallest).state_dict()
+    metrics = {"search_top1_percent": Metric(98.3, "a test")}
+    save_model(RUN, architecture=smallest, weights=weights, metrics=metrics)
+    save_table(tmp_path / "lookup_tables" / "local", space, space.with_classes(2))
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    for page, text in blocks("yaml"):
+        if page == "formats.md" and "search-space/1" in text:
+            (tmp_path / "two_stages.yaml").write_text(text)
+
+    def started(*_: Any, **__: Any) -> None:
+        raise LongWorkError("all is well so far")
+
+    monkeypatch.setattr("slimnas.search.run.train_supernet", started)
+    monkeypatch.setattr("slimnas.search.run._evaluator", started)  # with --supernet
+    monkeypatch.setattr("slimnas.measure.build.build_table", started)
+    return tmp_path
+
+
+def test_the_readme_begins_with_two_commands() -> None:
+    first, second, *_ = [text for page, text in blocks("bash") if page == "README.md"]
+    assert (
+        first == f"{SETUP}. && .venv/bin/slimnas search --target-latency 1.6ms --device iphone12\n"
+    )
+    assert second == f"{SETUP}'.[test]' && .venv/bin/python -m pytest -n 2 --dist loadfile\n"
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "readme_command 1" in ci
+    assert "readme_command 2" in ci
+
+
+def test_it_looks_at_every_block() -> None:
+    assert len(SLIMNAS) == 27
+    assert len(list(blocks("python"))) == 1
+    assert len(list(blocks("yaml"))) == 2
+    others = [line for _, line in commands() if not line.startswith("slimnas ")]
+    known = (SETUP, ".venv/bin/", "python tools/fit_device_model.py")
+    assert [line for line in others if not line.startswith(known)] == []
+
+
+@pytest.mark.parametrize(("page", "line"), SLIMNAS, ids=[f"{p}: {x}" for p, x in SLIMNAS])
+def test_commands(page: str, line: str, world: Path) -> None:
+    words = shlex.split(line, comments=True)[1:]
+    if any(word.startswith(NEEDS_OTHER_DATA) for word in words):
+        words[words.index("--data") + 1] = "photos"
+    if "--supernet" in words:
+        supernet_of_the_run(Path(words[words.index("--supernet") + 1]))
+    if words[:2] in (["zoo", "show"], ["zoo", "export"]) and words[2] == "fast":
+        add(RUN, name="fast")
+    if words[0] == "search" or words[:2] == ["latency", "build"]:
+        with pytest.raises(LongWorkError, match="all is well"):
+            main(words)
+    else:
+        assert main(words) == 0
+
+
+def supernet_of_the_run(path: Path) -> None:
+    space = SearchSpace.load("efficientformer_tiny").with_classes(10)
+    supernet = Supernet(space, resolution=32, seed=0).eval()
+    save_supernet(path, TrainedSupernet(supernet, weights_digest(supernet), {"seed": 0}))
+
+
+@pytest.mark.parametrize(("page", "text"), list(blocks("python")))
+def test_python(page: str, text: str, world: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(compile(text, page, "exec"), names)
+    images = torch.zeros(2, 3, 64, 64)
+    assert names["model"].eval()(images).shape == (2, 10)
+    maps = names["backbone"].eval()(images)
+    assert [64 // m.shape[-1] for m in maps] == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize(("page", "text"), list(blocks("yaml")))
+def test_yaml(page: str, text: str) -> None:
+    if "search-space/1" in text:
+        assert len(SearchSpace.from_yaml(text).stages) == 2
+    else:
+        assert Architecture.from_yaml(text) == Architecture.load(
+            ROOT / "slimnas/zoo/models/efficientformer_l1.yaml"
+        ).renamed("efficientformer_l1", {"source": "EfficientFormer, NeurIPS 2022"})
+
+
+def test_links_lead_somewhere() -> None:
+    looked_at = 0
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("https://"):
+                looked_at += 1
+                assert (page.parent / target).is_file(), f"{page.name}: {target}"
+    assert looked_at > 12
+
+
+def test_files_the_docs_name_exist() -> None:
+    looked_at = 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:slimnas|tests|tools|arch|nn|runtimes)/[\w/]+\.py)`", text):
+            looked_at += 1
+            assert (ROOT / name).is_file() or (ROOT / "slimnas" / name).is_file(), name
+    assert looked_at > 8
