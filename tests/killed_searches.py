@@ -21,8 +21,9 @@ from micro import made_up_table, micro_space
 
 from slimnas._lock import folder_lock
 from slimnas.data.splits import SearchData, open_data
+from slimnas.search.checks import space_digest, table_digest
 from slimnas.search.config import SearchConfig, claim
-from slimnas.search.run import SearchResult, run_search, space_digest, table_digest
+from slimnas.search.run import SearchResult, run_search
 from slimnas.supernet.train import SupernetRecipe, TrainedSupernet
 from slimnas.train import loop
 

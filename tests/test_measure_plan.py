@@ -69,7 +69,7 @@ def test_terms_of_additive_networks_add_up_to_the_component() -> None:
     seen: dict[str, int] = {}
     for entry in make_plan(space, chains=(2, 5)).components:
         assert entry.key is not None
-        if entry.key not in prices:  # a narrowing downsample or a head of 2 classes, outside the space
+        if entry.key not in prices:  # a narrowing downsample, a head of 2 classes
             assert entry.key.width_in > entry.key.width_out
             continue
         total = sum(term.share * cost_ms(term.parts) for term in entry.terms)

@@ -27,8 +27,9 @@ from slimnas.errors import (
 )
 from slimnas.latency.estimate import estimate
 from slimnas.latency.table import LatencyTable
+from slimnas.search.checks import check_search, pricer
 from slimnas.search.config import SearchConfig
-from slimnas.search.run import SearchResult, check_search, pricer
+from slimnas.search.run import SearchResult
 from slimnas.search.slimming import cheapest
 from slimnas.search.trajectory import Trajectory
 from slimnas.supernet.train import load_supernet

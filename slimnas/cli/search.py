@@ -170,8 +170,8 @@ def _open_inputs(
     from slimnas.arch.documents import parse_spec
     from slimnas.arch.space import SearchSpace
     from slimnas.latency.devices import find_device, provenance_line
+    from slimnas.search.checks import check_before_data, space_digest, table_digest
     from slimnas.search.config import SearchConfig
-    from slimnas.search.run import check_before_data, space_digest, table_digest
     from slimnas.supernet.train import SupernetRecipe, load_supernet
 
     table = find_device(device)
@@ -208,8 +208,9 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
     from slimnas._lock import folder_lock
     from slimnas.cli.progress import SearchProgress
     from slimnas.data.splits import open_data
+    from slimnas.search.checks import check_search, require_same_space
     from slimnas.search.config import claim, refuse_other_run
-    from slimnas.search.run import check_search, require_same_space, run_search
+    from slimnas.search.run import run_search
     from slimnas.train.loop import accelerator_for
 
     config = inputs.config

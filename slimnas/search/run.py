@@ -6,12 +6,10 @@ was stopped goes on where it was and ends with the same result.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,27 +18,17 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from slimnas._files import atomic_write_text, remove_leftovers
-from slimnas.arch.architecture import Architecture
-from slimnas.arch.cost import CostReport, cost
 from slimnas.arch.space import SearchSpace, Selection
 from slimnas.data.batches import ImageSet
 from slimnas.data.splits import SearchData
 from slimnas.errors import RunFolderError, SpecError
-from slimnas.latency.estimate import (
-    Estimate,
-    estimate,
-    latency_ms,
-    missing_components,
-    require_prices,
-)
-from slimnas.latency.rows import rows_to_csv
 from slimnas.latency.table import LatencyTable
-from slimnas.search.actions import Price
+from slimnas.search.checks import pricer, require_same_space
 from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
+from slimnas.search.found import Found, Origin, found_folder, save_found
 from slimnas.search.importance import ImportanceRecord
-from slimnas.search.slimming import Slimmer, check_reachable
-from slimnas.search.target import latency_label
+from slimnas.search.slimming import Slimmer
 from slimnas.search.trajectory import Trajectory
 from slimnas.supernet.channel_order import taylor_order
 from slimnas.supernet.inherit import Inheritance
@@ -53,8 +41,6 @@ from slimnas.supernet.train import (
     train_supernet,
 )
 from slimnas.train.loop import accelerator_for
-from slimnas.zoo.entry import FOUND, save_model
-from slimnas.zoo.metrics import Metric
 
 SUPERNET = "supernet.safetensors"
 TRAINING_STATE = "training.safetensors"
@@ -62,7 +48,6 @@ METRICS_LOG = "metrics.jsonl"
 IMPORTANCE = "importance.json"
 TRAJECTORY = "trajectory.jsonl"
 TAYLOR_BATCHES, TAYLOR_BATCH = 4, 64
-FEWEST_CLASSES = 2
 
 
 class Listener(Protocol):
@@ -76,31 +61,6 @@ class Listener(Protocol):
 
     def evaluated(self, selection: Selection, top1: float) -> None:
         """After every candidate."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """The network that answers one target.
-
-    Attributes:
-        target_ms: the target.
-        architecture: the network at the deployment resolution.
-        selection: its place in the space.
-        estimate: its latency by the table.
-        cost: parameters and MACs.
-        search_top1: on SEARCH at the training resolution, weights inherited, in percent.
-        steps: slimming steps that led to it.
-        folder: where its files are.
-    """
-
-    target_ms: float
-    architecture: Architecture
-    selection: Selection
-    estimate: Estimate
-    cost: CostReport
-    search_top1: float
-    steps: int
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -124,41 +84,6 @@ class SearchResult:
     found: tuple[Found, ...]
     evaluated_images: int
     training: tuple[Mapping[str, float], ...]
-
-
-def check_search(space: SearchSpace, table: LatencyTable, config: SearchConfig) -> None:
-    """Refuse what cannot end well, before anything is trained.
-
-    Raises:
-        MissingLatencyError: the table cannot price the space.
-        UnreachableTargetError: a target is below the smallest network.
-    """
-    require_prices(space, table)
-    check_reachable(space, pricer(space, table), config.targets_ms)
-
-
-def check_before_data(space: SearchSpace, table: LatencyTable, config: SearchConfig) -> None:
-    """Refuse what no data could mend, while the number of classes is not known.
-
-    Raises:
-        MissingLatencyError: the table cannot price a component other than the head.
-        UnreachableTargetError: a target is below the smallest network with the smallest head.
-    """
-    if any(key.component != "head" for key in missing_components(space, table)):
-        require_prices(space, table)
-    smallest_head = space.with_classes(FEWEST_CLASSES)
-    if not missing_components(smallest_head, table):
-        check_search(smallest_head, table, config)
-
-
-def pricer(space: SearchSpace, table: LatencyTable) -> Price:
-    """Latency in ms of selections of `space`; each is priced once."""
-
-    @cache
-    def price(selection: Selection) -> float:
-        return latency_ms(space.architecture(selection), table)
-
-    return price
 
 
 def run_search(
@@ -229,47 +154,17 @@ def run_search(
 
     trajectory, reached = slimmer.run(trajectory, config.targets_ms, on_step)
     found = tuple(
-        _save_found(
-            _Origin(config, space, table, trained, evaluator, images),
+        save_found(
+            Origin(config, space, table, trained, evaluator, images),
             trajectory,
             target_ms,
             steps,
-            _found_folder(folder, config, target_ms),
+            found_folder(folder, config, target_ms),
         )
         for target_ms, steps in reached.items()
     )
     training = _read_log(folder / METRICS_LOG)
     return SearchResult(space, trained, importance, trajectory, found, images, training)
-
-
-def space_digest(space: SearchSpace) -> str:
-    """SHA-256 (hex) of a space's content."""
-    return hashlib.sha256(space.to_yaml().encode()).hexdigest()
-
-
-def table_digest(table: LatencyTable) -> str:
-    """SHA-256 (hex) of a table's content."""
-    content = rows_to_csv(table.rows) + table.device.model_dump_json()
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def require_same_space(trained: TrainedSupernet, space: SearchSpace, source: str) -> None:
-    """Refuse a supernet that was trained for another space or number of classes.
-
-    Raises:
-        SpecError: says which.
-    """
-    given, wanted = trained.supernet.space, space
-    if given.head.classes != wanted.head.classes:
-        raise SpecError(
-            f"{source}: trained for {given.head.classes} classes, the data has "
-            f"{wanted.head.classes}; give the data it was trained on"
-        )
-    if given.to_yaml() != wanted.to_yaml():
-        raise SpecError(
-            f"{source}: trained for another content of space {given.name}, not this "
-            f"{wanted.name}; give the --space it was trained on"
-        )
 
 
 def _supernet(
@@ -386,70 +281,6 @@ def _begin(slimmer: Slimmer, path: Path, provenance: Mapping[str, Any]) -> Traje
     trajectory = slimmer.begin(provenance)
     trajectory.save(path)
     return trajectory
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What a found network was made from."""
-
-    config: SearchConfig
-    space: SearchSpace
-    table: LatencyTable
-    trained: TrainedSupernet
-    evaluator: SelectionEvaluator
-    images: int
-
-
-def _save_found(
-    origin: _Origin, trajectory: Trajectory, target_ms: float, steps: int, folder: Path
-) -> Found:
-    selection, _, top1 = trajectory.states[steps]
-    name = f"{origin.space.name}_{origin.table.device.name}_{latency_label(target_ms)}"
-    provenance = {
-        "source": "slimnas search, greedy latency-driven slimming",
-        "target_ms": target_ms,
-        "seed": origin.config.seed,
-        "supernet_digest": origin.trained.digest,
-        "table_digest": origin.config.table_digest,
-        "trained_at": origin.config.resolution,
-    }
-    architecture = origin.space.architecture(selection).renamed(name, provenance)
-    network = origin.evaluator.inheritance.extract(architecture, selection=selection)
-    state = {**network.state_dict(), **origin.evaluator.calibrated_buffers(selection)}
-    priced, counted = estimate(architecture, origin.table), cost(architecture)
-    save_model(
-        folder,
-        architecture=architecture,
-        weights=state,
-        metrics=_metrics(origin, priced, counted, top1),
-    )
-    return Found(target_ms, architecture, selection, priced, counted, top1, steps, folder)
-
-
-def _metrics(
-    origin: _Origin, priced: Estimate, counted: CostReport, top1: float
-) -> dict[str, Metric]:
-    low, high = priced.interval_ms
-    level = "" if priced.level is None else f" ({100 * priced.level:g} % interval)"
-    device = origin.table.device
-    return {
-        "search_top1_percent": Metric(
-            top1,
-            f"measured on {origin.images} SEARCH images of {origin.config.data} at "
-            f"{origin.config.resolution} px, weights inherited from the supernet, not fine-tuned",
-        ),
-        "latency_ms": Metric(
-            priced.latency_ms,
-            f"by the {device.kind} latency table {device.name}, between {low:.4g} and "
-            f"{high:.4g}{level}",
-        ),
-        "params": Metric(counted.params, "computed by closed form"),
-        "macs": Metric(counted.macs, "computed by closed form, one image"),
-    }
-
-
-def _found_folder(folder: Path, config: SearchConfig, target_ms: float) -> Path:
-    return folder if len(config.targets_ms) == 1 else folder / FOUND / latency_label(target_ms)
 
 
 def _append_log(path: Path, progress: Progress) -> None:

@@ -1,0 +1,114 @@
+"""The networks a search found: built with inherited weights, priced, and written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimnas.arch.architecture import Architecture
+from slimnas.arch.cost import CostReport, cost
+from slimnas.arch.space import SearchSpace, Selection
+from slimnas.latency.estimate import Estimate, estimate
+from slimnas.latency.table import LatencyTable
+from slimnas.search.config import SearchConfig
+from slimnas.search.evaluator import SelectionEvaluator
+from slimnas.search.target import latency_label
+from slimnas.search.trajectory import Trajectory
+from slimnas.supernet.train import TrainedSupernet
+from slimnas.zoo.entry import FOUND, save_model
+from slimnas.zoo.metrics import Metric
+
+
+@dataclass(frozen=True)
+class Found:
+    """The network that answers one target.
+
+    Attributes:
+        target_ms: the target.
+        architecture: the network at the deployment resolution.
+        selection: its place in the space.
+        estimate: its latency by the table.
+        cost: parameters and MACs.
+        search_top1: on SEARCH at the training resolution, weights inherited, in percent.
+        steps: slimming steps that led to it.
+        folder: where its files are.
+    """
+
+    target_ms: float
+    architecture: Architecture
+    selection: Selection
+    estimate: Estimate
+    cost: CostReport
+    search_top1: float
+    steps: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a found network was made from."""
+
+    config: SearchConfig
+    space: SearchSpace
+    table: LatencyTable
+    trained: TrainedSupernet
+    evaluator: SelectionEvaluator
+    images: int
+
+
+def save_found(
+    origin: Origin, trajectory: Trajectory, target_ms: float, steps: int, folder: Path
+) -> Found:
+    """Build, price and write the state of `trajectory` after `steps` steps.
+
+    Raises:
+        RunFolderError: `folder` cannot be written.
+    """
+    selection, _, top1 = trajectory.states[steps]
+    name = f"{origin.space.name}_{origin.table.device.name}_{latency_label(target_ms)}"
+    provenance = {
+        "source": "slimnas search, greedy latency-driven slimming",
+        "target_ms": target_ms,
+        "seed": origin.config.seed,
+        "supernet_digest": origin.trained.digest,
+        "table_digest": origin.config.table_digest,
+        "trained_at": origin.config.resolution,
+    }
+    architecture = origin.space.architecture(selection).renamed(name, provenance)
+    network = origin.evaluator.inheritance.extract(architecture, selection=selection)
+    state = {**network.state_dict(), **origin.evaluator.calibrated_buffers(selection)}
+    priced, counted = estimate(architecture, origin.table), cost(architecture)
+    save_model(
+        folder,
+        architecture=architecture,
+        weights=state,
+        metrics=_metrics(origin, priced, counted, top1),
+    )
+    return Found(target_ms, architecture, selection, priced, counted, top1, steps, folder)
+
+
+def _metrics(
+    origin: Origin, priced: Estimate, counted: CostReport, top1: float
+) -> dict[str, Metric]:
+    low, high = priced.interval_ms
+    level = "" if priced.level is None else f" ({100 * priced.level:g} % interval)"
+    device = origin.table.device
+    return {
+        "search_top1_percent": Metric(
+            top1,
+            f"measured on {origin.images} SEARCH images of {origin.config.data} at "
+            f"{origin.config.resolution} px, weights inherited from the supernet, not fine-tuned",
+        ),
+        "latency_ms": Metric(
+            priced.latency_ms,
+            f"by the {device.kind} latency table {device.name}, between {low:.4g} and "
+            f"{high:.4g}{level}",
+        ),
+        "params": Metric(counted.params, "computed by closed form"),
+        "macs": Metric(counted.macs, "computed by closed form, one image"),
+    }
+
+
+def found_folder(folder: Path, config: SearchConfig, target_ms: float) -> Path:
+    """Where the network for `target_ms` goes: the run folder itself if it is the only one."""
+    return folder if len(config.targets_ms) == 1 else folder / FOUND / latency_label(target_ms)
