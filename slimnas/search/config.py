@@ -84,7 +84,7 @@ def refuse_other_run(folder: Path, config: SearchConfig) -> None:
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed:
         named = ", ".join(
-            f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in changed[:3]
+            f"{key} was {_shown(key, old)}, now {_shown(key, new)}" for key in changed[:3]
         )
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise RunFolderError(
@@ -102,6 +102,11 @@ def claim(folder: Path, config: SearchConfig) -> None:
     refuse_other_run(folder, config)
     if not (folder / FILE).is_file():
         config.save(folder / FILE)
+
+
+def _shown(key: str, settings: Mapping[str, Any]) -> str:
+    value = settings.get(key)
+    return f"{value[:12]}..." if key.endswith("_digest") and value else repr(value)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
