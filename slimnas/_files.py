@@ -32,7 +32,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
             prefix=f".{path.name}.", suffix=f".tmp{path.suffix}", dir=path.parent
         )
         os.close(handle)
-        Path(name).chmod(0o666 & ~_umask())
     except OSError as error:
         raise _cannot_write(path, error) from error
     temporary = Path(name)
@@ -40,6 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())  # only now: some writers replace the file they are given
         temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error

@@ -72,7 +72,9 @@ def test_the_files_are_there_and_agree(world: tuple[Path, dict[str, Any]]) -> No
         *("config.yaml", "supernet.safetensors", "metrics.jsonl", "importance.json"),
         *("trajectory.jsonl", "report.html", "figures", "found"),
     }
-    assert not [name for name in there if name.endswith(".tmp") or name == ".lock"]
+    assert not [name for name in there if name.startswith(".")]
+    modes = {path.stat().st_mode & 0o777 for path in RUN.rglob("*") if path.is_file()}
+    assert len(modes) == 1, "every file as readable as the others"
 
 
 def test_again_it_only_reports(

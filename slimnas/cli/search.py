@@ -258,7 +258,7 @@ def _says_how_to_go_on() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        note("stopped; the same command goes on from the last checkpoint in the run folder")
+        note("stopped; the same command goes on where it was")
         raise
 
 
