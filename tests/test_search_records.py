@@ -196,7 +196,7 @@ def test_a_folder_belongs_to_its_settings(tmp_path: Path) -> None:
     for changed, named in [
         (config(seed=1), "seed was 0, now 1"),
         (config(targets_ms=(1.6,)), r"targets_ms was \(1\.6, 3\.0\), now \(1\.6,\)"),
-        (config(table_digest="f" * 64), "table_digest was 1{12}\.\.\., now f{12}\.\.\."),
+        (config(table_digest="f" * 64), r"table_digest was 1{12}\.\.\., now f{12}\.\.\."),
         (config(recipe=SupernetRecipe(epochs=3)), "recipe.epochs was 10, now 3"),
         (config(max_images=5), "max_images was None, now 5"),
         (
