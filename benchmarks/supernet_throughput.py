@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import datetime
 import json
+import os
 import platform
 import resource
 import statistics
@@ -33,6 +34,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+# As the search command does, before torch loads OpenMP: threads that wait sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from accelerate import Accelerator

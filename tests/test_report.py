@@ -19,7 +19,7 @@ from slimnas.arch.walk import component_cost
 from slimnas.errors import RunFolderError
 from slimnas.latency import OVERHEAD, DeviceInfo, LatencyTable, PriceRow, estimate, price_key
 from slimnas.latency.spaces import space_components
-from slimnas.report import DataSummary, FoundNetwork, PricedNetwork, RunReport, write_report
+from slimnas.report import DataSummary, FoundNetwork, ReferenceNetwork, RunReport, write_report
 from slimnas.report.figures import HEAT_STEPS, PALETTE, _variables, heat
 from slimnas.report.pictures import PART_TYPES, dropped_at, latency_parts
 from slimnas.report.plots import training_figure
@@ -151,7 +151,7 @@ def sample_report(
         trajectory=trajectory,
         importance=importance,
         found=tuple(found),
-        reference=PricedNetwork(reference, estimate(reference, table)),
+        reference=ReferenceNetwork(reference, estimate(reference, table), search_top1=71.9),
         data=DataSummary("digits", 10, {"train": 1203, "search": 297, "test": 297}, 64, 256),
         settings={"seed": 0, "mixing": "sampled", "optimizer": {"lr": 5e-4, "betas": [0.9, 0.999]}},
         training=training,
@@ -249,7 +249,8 @@ def test_result_names_every_figure(report: RunReport, page: Page) -> None:
         assert network.architecture.digest in text
     for words in (
         "efficientformer_l1",
-        "not trained here",
+        "published, same table",
+        "71.9",
         "estimated, not measured",
         "mean error 4.1 %",
         "trained and judged at 64 px, deployed at 224 × 224: a proxy",

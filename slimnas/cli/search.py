@@ -21,13 +21,11 @@ if TYPE_CHECKING:
     from slimnas.arch.space import SearchSpace
     from slimnas.data.splits import DataSplits
     from slimnas.latency.table import LatencyTable
-    from slimnas.report.run import PricedNetwork
     from slimnas.search.config import SearchConfig
     from slimnas.search.run import SearchResult
     from slimnas.supernet.train import TrainedSupernet
 
 DEFAULT_SPACE = "efficientformer_tiny"
-REFERENCE = "efficientformer_l1"
 RUNS = Path("runs")
 
 
@@ -268,24 +266,9 @@ def _run_name(inputs: _Inputs) -> str:
     return "-".join((inputs.space.name, data, inputs.table.device.name, targets))
 
 
-def _reference(inputs: _Inputs, result: SearchResult) -> PricedNetwork | None:
-    """EfficientFormer-L1 with the found networks' classifier, if the table can price it."""
-    from slimnas.errors import MissingLatencyError
-    from slimnas.latency.estimate import estimate
-    from slimnas.report.run import PricedNetwork
-    from slimnas.zoo.registry import get
-
-    head = result.space.head
-    network = get(REFERENCE).architecture.with_head(classes=head.classes, distilled=head.distilled)
-    try:
-        return PricedNetwork(network, estimate(network, inputs.table))
-    except MissingLatencyError:
-        return None
-
-
 def _report(inputs: _Inputs, result: SearchResult, data: DataSplits, folder: Path) -> Path:
     from slimnas.report.html import write_report
-    from slimnas.report.run import DataSummary, FoundNetwork, RunReport
+    from slimnas.report.run import DataSummary, FoundNetwork, ReferenceNetwork, RunReport
     from slimnas.search.versions import versions
 
     config = inputs.config
@@ -308,7 +291,13 @@ def _report(inputs: _Inputs, result: SearchResult, data: DataSplits, folder: Pat
             )
             for found in result.found
         ),
-        reference=_reference(inputs, result),
+        reference=None
+        if result.reference is None
+        else ReferenceNetwork(
+            architecture=result.reference.architecture,
+            estimate=result.reference.estimate,
+            search_top1=result.reference.search_top1,
+        ),
         data=DataSummary(
             source=config.data,
             classes=data.classes,
@@ -364,6 +353,14 @@ def _json_body(inputs: _Inputs, result: SearchResult, folder: Path) -> dict[str,
         "run": shown_path(folder),
         "device": {"name": device.name, "kind": device.kind},
         "supernet_digest": result.trained.digest,
+        "reference": None
+        if result.reference is None
+        else {
+            "name": result.reference.architecture.name,
+            "latency_ms": result.reference.estimate.latency_ms,
+            "interval_ms": list(result.reference.estimate.interval_ms),
+            "search_top1": result.reference.search_top1,
+        },
         "found": [
             {
                 "target_ms": found.target_ms,
@@ -389,6 +386,8 @@ def _print_result(inputs: _Inputs, result: SearchResult, folder: Path, page: Pat
     from rich.console import Console
     from rich.table import Table
 
+    from slimnas.arch.cost import cost
+
     table = Table(box=None, pad_edge=False)
     for heading in ("network", "widths", "depths", "MB3D"):
         table.add_column(heading, no_wrap=True)
@@ -398,18 +397,20 @@ def _print_result(inputs: _Inputs, result: SearchResult, folder: Path, page: Pat
         (f"found for {found.target_ms:g} ms", found, f"{found.search_top1:.1f} %")
         for found in result.found
     ]
-    reference = _reference(inputs, result)
+    reference = result.reference
     if reference is not None:
-        rows.append(("EfficientFormer-L1", reference, "not trained"))
+        top1 = "-" if reference.search_top1 is None else f"{reference.search_top1:.1f} %"
+        rows.append(("EfficientFormer-L1", reference, top1))
     for name, row, top1 in rows:
         low, high = row.estimate.interval_ms
+        counted = cost(row.architecture)
         table.add_row(
             name,
             "-".join(map(str, row.architecture.widths)),
             "-".join(map(str, row.architecture.depths)),
             str(row.architecture.count("mb3d")),
-            f"{row.cost.params / 1e6:.2f}",
-            f"{row.cost.macs / 1e9:.3f}",
+            f"{counted.params / 1e6:.2f}",
+            f"{counted.macs / 1e9:.3f}",
             f"{row.estimate.latency_ms:.3f}",
             f"{low:.2f}-{high:.2f}",
             top1,

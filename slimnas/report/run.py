@@ -56,6 +56,17 @@ class FoundNetwork(PricedNetwork):
 
 
 @dataclass(frozen=True)
+class ReferenceNetwork(PricedNetwork):
+    """A published network under the conditions of the found ones.
+
+    Attributes:
+        search_top1: as of a found network, weights inherited; none where it is outside the space.
+    """
+
+    search_top1: float | None = None
+
+
+@dataclass(frozen=True)
 class DataSummary:
     """What the supernet was trained and judged on.
 
@@ -85,7 +96,7 @@ class RunReport:
         trajectory: every step with every candidate.
         importance: the trained supernet's architecture parameters.
         found: one network per target, in the order of the targets.
-        reference: a published network priced by the same table and not trained here; none where
+        reference: a published network priced by the same table, weights inherited; none where
             the table cannot price it.
         data: what the supernet was trained and judged on.
         settings: every setting of the run, seeds among them.
@@ -103,7 +114,7 @@ class RunReport:
     trajectory: Trajectory
     importance: ImportanceRecord
     found: tuple[FoundNetwork, ...]
-    reference: PricedNetwork | None
+    reference: ReferenceNetwork | None
     data: DataSummary
     settings: Mapping[str, object]
     training: tuple[Mapping[str, float], ...]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from slimnas.latency.estimate import Estimate
 from slimnas.report.plots import action_kind
-from slimnas.report.run import FoundNetwork, PricedNetwork, RunReport
+from slimnas.report.run import FoundNetwork, ReferenceNetwork, RunReport
 from slimnas.search.trajectory import Candidate, Step
 
 NOTHING = "–"
@@ -18,7 +18,7 @@ NOTHING = "–"
 class NetworkRow:
     """One network of the result table; `found` is none for the reference."""
 
-    network: PricedNetwork
+    network: FoundNetwork | ReferenceNetwork
     found: FoundNetwork | None
 
     @property

@@ -8,15 +8,20 @@ from pathlib import Path
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import CostReport, cost
 from slimnas.arch.space import SearchSpace, Selection
+from slimnas.errors import MissingLatencyError, SpecError
 from slimnas.latency.estimate import Estimate, estimate
 from slimnas.latency.table import LatencyTable
 from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
 from slimnas.search.target import latency_label
 from slimnas.search.trajectory import Trajectory
+from slimnas.supernet.inherit import place
 from slimnas.supernet.train import TrainedSupernet
 from slimnas.zoo.entry import FOUND, save_model
 from slimnas.zoo.metrics import Metric
+from slimnas.zoo.registry import get
+
+REFERENCE = "efficientformer_l1"
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,22 @@ class Found:
     search_top1: float
     steps: int
     folder: Path
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A published network under the conditions of the found ones: classes, table, weights.
+
+    Attributes:
+        architecture: with the data's number of classes.
+        estimate: its latency by the table.
+        search_top1: on SEARCH with weights inherited from the supernet, in percent; None where
+            the network is outside the space.
+    """
+
+    architecture: Architecture
+    estimate: Estimate
+    search_top1: float | None
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,22 @@ def save_found(
         metrics=_metrics(origin, priced, counted, top1),
     )
     return Found(target_ms, architecture, selection, priced, counted, top1, steps, folder)
+
+
+def price_reference(origin: Origin) -> Reference | None:
+    """EfficientFormer-L1 beside the found networks; None where the table cannot price it."""
+    head = origin.space.head
+    published = get(REFERENCE).architecture
+    architecture = published.with_head(classes=head.classes, distilled=head.distilled)
+    try:
+        priced = estimate(architecture, origin.table)
+    except MissingLatencyError:
+        return None
+    try:
+        selection = place(origin.trained.supernet, architecture)
+    except SpecError:
+        return Reference(architecture, priced, None)
+    return Reference(architecture, priced, origin.evaluator.top1(selection))
 
 
 def _metrics(

@@ -26,7 +26,14 @@ from slimnas.latency.table import LatencyTable
 from slimnas.search.checks import pricer, require_same_space
 from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
-from slimnas.search.found import Found, Origin, found_folder, save_found
+from slimnas.search.found import (
+    Found,
+    Origin,
+    Reference,
+    found_folder,
+    price_reference,
+    save_found,
+)
 from slimnas.search.importance import ImportanceRecord
 from slimnas.search.slimming import Slimmer
 from slimnas.search.trajectory import Trajectory
@@ -73,6 +80,7 @@ class SearchResult:
         importance: of its MetaPaths.
         trajectory: every step.
         found: one network per target, in the order of the targets.
+        reference: EfficientFormer-L1 beside them; None where the table cannot price it.
         evaluated_images: SEARCH images behind every top-1.
         training: one mapping per epoch, as in `metrics.jsonl`.
     """
@@ -82,6 +90,7 @@ class SearchResult:
     importance: ImportanceRecord
     trajectory: Trajectory
     found: tuple[Found, ...]
+    reference: Reference | None
     evaluated_images: int
     training: tuple[Mapping[str, float], ...]
 
@@ -153,9 +162,10 @@ def run_search(
         listener.slimming(longer, min(config.targets_ms))
 
     trajectory, reached = slimmer.run(trajectory, config.targets_ms, on_step)
+    origin = Origin(config, space, table, trained, evaluator, images)
     found = tuple(
         save_found(
-            Origin(config, space, table, trained, evaluator, images),
+            origin,
             trajectory,
             target_ms,
             steps,
@@ -163,8 +173,16 @@ def run_search(
         )
         for target_ms, steps in reached.items()
     )
-    training = _read_log(folder / METRICS_LOG)
-    return SearchResult(space, trained, importance, trajectory, found, images, training)
+    return SearchResult(
+        space=space,
+        trained=trained,
+        importance=importance,
+        trajectory=trajectory,
+        found=found,
+        reference=price_reference(origin),
+        evaluated_images=images,
+        training=_read_log(folder / METRICS_LOG),
+    )
 
 
 def _supernet(
