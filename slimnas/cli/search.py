@@ -212,7 +212,7 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
     from slimnas.train.loop import accelerator_for
 
     config = inputs.config
-    with folder_lock(folder):
+    with _no_empty_folder(folder), folder_lock(folder):
         refuse_other_run(folder, config)
         data = open_data(
             config.data,
@@ -258,6 +258,18 @@ def _says_how_to_go_on() -> Iterator[None]:
     except KeyboardInterrupt:
         note("stopped; the same command goes on where it was")
         raise
+
+
+@contextlib.contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """A search that is refused leaves no folder behind that it made."""
+    was_there = folder.exists()
+    try:
+        yield
+    finally:
+        if not was_there:
+            with contextlib.suppress(OSError):  # not empty: the run has begun
+                folder.rmdir()
 
 
 def _run_name(inputs: _Inputs) -> str:
