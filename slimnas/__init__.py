@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from slimnas.latency.table import LatencyTable
     from slimnas.nn.build import build, build_features
     from slimnas.search.run import run_search
-    from slimnas.supernet.inherit import extract
     from slimnas.supernet.supernet import Supernet
     from slimnas.zoo.create import create_model
     from slimnas.zoo.export import export_network
@@ -40,7 +39,6 @@ _HOME = {
     "create_model": "zoo.create",
     "estimate": "latency.estimate",
     "export_network": "zoo.export",
-    "extract": "supernet.inherit",
     "find_device": "latency.devices",
     "open_data": "data.splits",
     "run_search": "search.run",
@@ -59,7 +57,6 @@ __all__ = [
     "create_model",
     "estimate",
     "export_network",
-    "extract",
     "find_device",
     "open_data",
     "run_search",

@@ -109,7 +109,7 @@ def test_pricing_a_network_imports_no_torch() -> None:
 def test_public_names_are_what_they_say() -> None:
     import slimnas
 
-    assert len(slimnas.__all__) == 16
+    assert len(slimnas.__all__) == 15
     assert slimnas.__all__ == sorted(slimnas.__all__)
     for name in slimnas.__all__:
         assert getattr(slimnas, name).__name__ == name

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slimnas.arch.space import SearchSpace, Selection
 from slimnas.search import evaluator as evaluator_module
 from slimnas.search.evaluator import SelectionEvaluator
-from slimnas.supernet.inherit import Inheritance, extract
+from slimnas.supernet.inherit import Inheritance
 from slimnas.supernet.supernet import Supernet
 
 SIDE = 32
@@ -63,7 +63,7 @@ def norms(network: nn.Module) -> Iterator[nn.BatchNorm2d]:
 def by_hand(supernet: Supernet, selection: Selection, calibration: Tensor) -> nn.Module:
     """The extracted network after one pass that measures its BatchNorm statistics."""
     architecture = supernet.space.architecture(selection).with_resolution(supernet.resolution)
-    network = extract(supernet, architecture, selection=selection).eval()
+    network = supernet.extract(architecture, selection=selection).eval()
     for norm in norms(network):
         norm.train()
         norm.momentum = 1.0  # keep nothing of the old statistics

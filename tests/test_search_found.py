@@ -12,7 +12,7 @@ from slimnas.latency.estimate import estimate
 from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
 from slimnas.search.found import Origin, price_reference
-from slimnas.supernet.inherit import Inheritance, extract
+from slimnas.supernet.inherit import Inheritance
 from slimnas.supernet.supernet import Supernet
 from slimnas.supernet.train import TrainedSupernet
 from slimnas.zoo.registry import get
@@ -52,7 +52,7 @@ def test_l1_is_judged_with_inherited_weights_and_the_datas_classes() -> None:
     assert reference.architecture == architecture
     assert reference.estimate == estimate(architecture, made.table)
 
-    network = extract(made.trained.supernet, architecture.with_resolution(SIDE)).eval()
+    network = made.trained.supernet.extract(architecture.with_resolution(SIDE)).eval()
     for norm in (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         norm.momentum = 1.0
         norm.train()

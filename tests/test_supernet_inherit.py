@@ -25,7 +25,6 @@ from slimnas.supernet.channel_order import taylor_order
 from slimnas.supernet.inherit import (
     ChannelOrder,
     Inheritance,
-    extract,
     magnitude_order,
     place,
     supernet_parts,
@@ -71,7 +70,7 @@ def test_forced_supernet_is_the_extracted_network(distilled: bool) -> None:
     selections = [full_width(space, s) for s in random_selections(space, 24, seed=1)]
     for number, selection in enumerate([*selections, space.largest(4), space.largest(5)]):
         force(supernet, selection)
-        network = extract(supernet, space.architecture(selection)).eval()
+        network = supernet.extract(space.architecture(selection)).eval()
         want = network(batch)
         assert want.std() > 0.1  # or any two would be equal
         for mixing, noise in itertools.product(("sampled", "soft"), ("gumbel", "uniform")):
@@ -90,7 +89,7 @@ def test_forced_supernet_is_the_extracted_network(distilled: bool) -> None:
 def test_extracted_network_trains_like_the_supernet_path() -> None:
     supernet, batch = micro_supernet(), images()
     selection = supernet.space.largest(3)
-    network = extract(supernet, supernet.space.architecture(selection), selection=selection)
+    network = supernet.extract(supernet.space.architecture(selection), selection=selection)
     routes = supernet.fixed_routes(selection)
     torch.testing.assert_close(network.train()(batch), supernet.train()(batch, routes))
     torch.testing.assert_close(  # and the running statistics moved alike
@@ -155,7 +154,7 @@ def test_narrow_networks_are_sliced_as_by_hand() -> None:
     space, order = supernet.space, random_order(supernet, seed=4)
     for selection in random_selections(space, 20, seed=5):
         architecture = space.architecture(selection)
-        network = extract(supernet, architecture, selection=selection, order=order)
+        network = supernet.extract(architecture, selection=selection, order=order)
         sources = [f"stages.{i}.slots.{j}.blocks.{c}" for i, j, c in selection.active()]
         by_hand = hand_sliced(supernet.state_dict(), order, architecture, sources)
         state, built = network.state_dict(), build(architecture).state_dict()
@@ -242,8 +241,8 @@ def test_extract_at_another_size_resizes_attention_biases_only() -> None:
     supernet = micro_supernet()
     selection = supernet.space.largest(4)
     architecture = supernet.space.architecture(selection)
-    same = extract(supernet, architecture).state_dict()
-    other = extract(supernet, architecture.with_resolution((56, 72))).eval()
+    same = supernet.extract(architecture).state_dict()
+    other = supernet.extract(architecture.with_resolution((56, 72))).eval()
     assert other(torch.randn(1, 3, 56, 72)).shape == (1, CLASSES)
     biases = 0
     for name, tensor in other.state_dict().items():
@@ -409,7 +408,7 @@ def ask_taylor(supernet: Supernet) -> None:
 
 def ask_extract(supernet: Supernet) -> None:
     selection = random_selections(supernet.space, 1, seed=3)[0]
-    network = extract(supernet, supernet.space.architecture(selection)).train()
+    network = supernet.extract(supernet.space.architecture(selection)).train()
     network(images()).sum().backward()
     with torch.no_grad():
         for tensor in network.state_dict().values():
@@ -477,15 +476,15 @@ def test_extract_refuses_what_the_supernet_cannot_give() -> None:
     supernet = micro_supernet()
     architecture = supernet.space.architecture(supernet.space.largest(1))
     with pytest.raises(SpecError, match="its head must be the supernet's"):
-        extract(supernet, architecture.with_head(classes=7))
+        supernet.extract(architecture.with_head(classes=7))
     wider = architecture.to_dict()
     wider["stages"][3]["width"] = 24
     with pytest.raises(SpecError, match="outside search space micro"):
-        extract(supernet, Architecture.from_dict(wider))
+        supernet.extract(Architecture.from_dict(wider))
     gray = architecture.to_dict()
     gray["input"]["channels"] = 1
     with pytest.raises(SpecError, match=r"input\.channels: must be the supernet's, 3, got 1"):
-        extract(supernet, Architecture.from_dict(gray))
+        supernet.extract(Architecture.from_dict(gray))
     other = supernet.space.largest(2)
     with pytest.raises(SpecError, match="selection must be one that gives this architecture"):
-        extract(supernet, architecture, selection=other)
+        supernet.extract(architecture, selection=other)

@@ -382,3 +382,23 @@ def test_published_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     )
     network = create_model("efficientformer_l1", pretrained=True)
     assert torch.equal(network.head.head_dist.weight, state["head_dist.weight"])
+
+
+def test_features_only_gives_the_networks_own_maps(tmp_path: Path) -> None:
+    network = create_model("efficientformer_l1", classes=3, resolution=64, seed=4).eval()
+    network.architecture.save(tmp_path / "small.yaml")
+    save_weights(tmp_path / "small.safetensors", network.state_dict(), network.architecture)
+    backbone = create_model(
+        tmp_path / "small.yaml", features_only=True, pretrained=tmp_path / "small.safetensors"
+    ).eval()
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        maps, own = backbone(images), network.forward_features(images)
+    assert [tuple(x.shape) for x in maps] == [
+        (1, 48, 16, 16),
+        (1, 96, 8, 8),
+        (1, 224, 4, 4),
+        (1, 448, 2, 2),
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(maps, own, strict=True))
+    assert not any(name.startswith("head") for name, _ in backbone.named_parameters())

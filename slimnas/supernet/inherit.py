@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,10 @@ from slimnas.errors import SpecError
 from slimnas.nn.build import Network, build, make_module
 from slimnas.nn.channels import CHANNEL_AXES, HIDDEN, IN, OUT
 from slimnas.nn.resolution import adapt_state_dict
-from slimnas.supernet.supernet import MetaPath, Supernet
+from slimnas.supernet.metapath import MetaPath
+
+if TYPE_CHECKING:
+    from slimnas.supernet.supernet import Supernet
 
 ChannelOrder = Mapping[str, Tensor]
 """Group of channels -> int64 indexes, most important first.
@@ -212,17 +216,6 @@ class Inheritance:
             axis: self.order[group][: sizes[axis]].sort().values
             for axis, group in part.groups.items()
         }
-
-
-def extract(
-    supernet: Supernet,
-    architecture: Architecture,
-    *,
-    selection: Selection | None = None,
-    order: ChannelOrder | None = None,
-) -> Network:
-    """See `Inheritance.extract`."""
-    return Inheritance(supernet, order).extract(architecture, selection=selection)
 
 
 def _sliced(tensor: Tensor, part: SupernetPart, name: str, kept: Mapping[str, Tensor]) -> Tensor:

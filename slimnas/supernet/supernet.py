@@ -12,65 +12,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from slimnas.arch.architecture import Architecture
 from slimnas.arch.efficientformer import LinearHead
-from slimnas.arch.shapes import FeatureShape
-from slimnas.arch.space import IDENTITY, SearchSpace, Selection
+from slimnas.arch.space import SearchSpace, Selection
 from slimnas.arch.walk import Component, walk
-from slimnas.nn.build import make_module
-from slimnas.nn.layout import as_layout, run_module
+from slimnas.nn.build import Network, make_module
+from slimnas.nn.layout import run_module
 from slimnas.nn.seeding import seeded
-from slimnas.supernet.gumbel import Mixing, Noise, Route, draw_route, mix, straight_through
-
-
-class MetaPath(nn.Module):
-    """One slot: its candidate blocks side by side, and one architecture parameter each.
-
-    Args:
-        blocks: the candidates but identity, by name.
-        choices: every candidate's name, identity included, in the order of `alpha`.
-        shape: shape of the map that goes in and comes out.
-    """
-
-    blocks: nn.ModuleDict
-    alpha: nn.Parameter
-
-    def __init__(
-        self, blocks: dict[str, nn.Module], choices: Sequence[str], shape: FeatureShape
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleDict(blocks)
-        self.choices = tuple(choices)
-        self.shape = shape
-        self.alpha = nn.Parameter(torch.zeros(len(self.choices)))
-
-    def forward(self, x: Tensor, route: Route) -> Tensor:
-        """Run the routed choice, or the mixture of all, on a map or tokens of `shape`."""
-        if route.index is None:
-            assert route.weights is not None
-            outputs = [
-                as_layout(self._run(choice, x), "map", self.shape) for choice in self.choices
-            ]
-            return mix(outputs, route.weights)
-        x = self._run(self.choices[route.index], x)
-        return x if route.weights is None else straight_through(x, route.weights[route.index])
-
-    def _run(self, choice: str, x: Tensor) -> Tensor:
-        return x if choice == IDENTITY else run_module(self.blocks[choice], x, self.shape)
-
-
-class SuperStage(nn.Module):
-    """An optional downsampling layer and the stage's MetaPaths, at full width."""
-
-    downsample: nn.Module | None
-    slots: nn.ModuleList
-
-    def __init__(
-        self, downsample: nn.Module | None, slots: Sequence[MetaPath], shape_in: FeatureShape
-    ) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.slots = nn.ModuleList(slots)
-        self.shape_in = shape_in
+from slimnas.supernet.gumbel import Mixing, Noise, Route, draw_route
+from slimnas.supernet.inherit import ChannelOrder, Inheritance
+from slimnas.supernet.metapath import MetaPath, SuperStage
 
 
 class Supernet(nn.Module):
@@ -143,6 +94,27 @@ class Supernet(nn.Module):
     def likeliest_routes(self) -> list[Route]:
         """Each MetaPath's most probable choice."""
         return [Route(int(path.alpha.argmax()), None) for path in self.meta_paths()]
+
+    def extract(
+        self,
+        architecture: Architecture,
+        *,
+        selection: Selection | None = None,
+        order: ChannelOrder | None = None,
+    ) -> Network:
+        """The stand-alone network of `architecture` with this supernet's weights, sliced to its
+        widths; the supernet stays as it is.
+
+        Args:
+            architecture: of the space; its input size may differ, then attention biases are
+                interpolated.
+            selection: which slots its blocks come from; the likeliest if not given.
+            order: which channels a narrower network keeps; by magnitude if not given.
+
+        Raises:
+            SpecError: outside the space, or another number of classes.
+        """
+        return Inheritance(self, order).extract(architecture, selection=selection)
 
     def meta_paths(self) -> Iterator[MetaPath]:
         """Every MetaPath in execution order."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal, cast, overload
 
 from slimnas.arch.architecture import Architecture
 from slimnas.errors import WeightsError
-from slimnas.nn.build import Network, build
+from slimnas.nn.build import FeatureNetwork, Network, Stage, build
 from slimnas.nn.resolution import adapt_state_dict
 from slimnas.zoo.entry import Entry
 from slimnas.zoo.hub import download
@@ -16,19 +18,48 @@ from slimnas.zoo.weights import load_weights
 CLASSIFIERS = ("head.head.", "head.head_dist.")
 
 
+@overload
 def create_model(
     name_or_path: str | Path,
     *,
+    features_only: Literal[False] = False,
     pretrained: bool | str | Path = False,
     classes: int | None = None,
     resolution: int | tuple[int, int] | None = None,
     zoo: str | Path | None = None,
     seed: int = 0,
-) -> Network:
+) -> Network: ...
+
+
+@overload
+def create_model(
+    name_or_path: str | Path,
+    *,
+    features_only: Literal[True],
+    pretrained: bool | str | Path = False,
+    classes: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
+    zoo: str | Path | None = None,
+    seed: int = 0,
+) -> FeatureNetwork: ...
+
+
+def create_model(
+    name_or_path: str | Path,
+    *,
+    features_only: bool = False,
+    pretrained: bool | str | Path = False,
+    classes: int | None = None,
+    resolution: int | tuple[int, int] | None = None,
+    zoo: str | Path | None = None,
+    seed: int = 0,
+) -> Network | FeatureNetwork:
     """Build a network from the zoo, an architecture file or a run folder.
 
     Args:
         name_or_path: what `slimnas.zoo.registry.get` finds.
+        features_only: leave the head out; the network gives one map per stage, strides 4, 8, 16
+            and 32.
         pretrained: True takes the entry's weights (for published models they are downloaded
             from the Hugging Face hub), a path those of a file in slimnas's, timm's or the
             official code's format, False none.
@@ -48,9 +79,17 @@ def create_model(
     if classes is not None:
         target = target.with_head(classes=classes)
     network = build(target, seed=seed)
-    if pretrained is False:
+    if pretrained is not False:
+        _load(network, entry, find_weights(entry) if pretrained is True else Path(pretrained))
+    if not features_only:
         return network
-    path = find_weights(entry) if pretrained is True else Path(pretrained)
+    stages = cast("Iterable[Stage]", network.stages)
+    return FeatureNetwork(target, stem=network.stem, stages=stages)
+
+
+def _load(network: Network, entry: Entry, path: Path) -> None:
+    """Load the entry's weights into `network`, which may have other classes or another input."""
+    source, target = entry.architecture, network.architecture
     state = load_weights(path, source)
     state = adapt_state_dict(
         state, source=source, target=source.with_resolution(target.input.resolution)
@@ -59,7 +98,6 @@ def create_model(
         fresh = network.state_dict()
         state |= {name: fresh[name] for name in state if name.startswith(CLASSIFIERS)}
     network.load_state_dict(state)
-    return network
 
 
 def find_weights(entry: Entry) -> Path:
