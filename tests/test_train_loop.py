@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -232,6 +233,39 @@ def test_interrupted_run_ends_with_the_same_weights(
         assert_equal(uninterrupted, resumed)
         stopped += 1
     assert stopped == 12
+
+
+def ctrl_c_at(step: int, times: int = 1) -> Watch:
+    def on_step(report: StepReport) -> None:
+        if report.step == step:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+    return Watch(on_step)
+
+
+def test_ctrl_c_keeps_the_step_it_came_in(tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    uninterrupted = fit(task(), CPU).state_dict()
+    stopped = 0
+    for step in range(1, task().steps + 1):
+        checkpoint, seen = tmp_path / f"{step}.safetensors", []
+        with pytest.raises(KeyboardInterrupt):
+            fit(task(), CPU, checkpoint=checkpoint, identity="x", watch=ctrl_c_at(step))
+        assert signal.getsignal(signal.SIGINT) is handler
+        watch = Watch(lambda report, seen=seen: seen.append(report.step))
+        resumed = fit(task(), CPU, checkpoint=checkpoint, identity="x", watch=watch).state_dict()
+        assert seen == list(range(step + 1, task().steps + 1))
+        assert_equal(uninterrupted, resumed)
+        stopped += 1
+    assert stopped == 12
+
+
+def test_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "s.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(task(), CPU, checkpoint=checkpoint, identity="x", watch=ctrl_c_at(2, times=2))
+    assert not checkpoint.exists()
 
 
 def test_run_stopped_twice_sees_each_step_once(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from slimnas.data.batches import ImageSet
 from slimnas.errors import RuntimeUnavailableError, WeightsError
 from slimnas.train.checkpoint import TrainState, load_state, save_state
+from slimnas.train.interrupt import deferred_interrupt
 from slimnas.train.recipe import TrainRecipe, learning_rate_scale
 
 CHECKPOINT_SECONDS = 20.0
@@ -132,39 +133,66 @@ def fit(
 
     Raises:
         WeightsError: the checkpoint is not this run's, or the loss is no longer finite.
+        KeyboardInterrupt: Ctrl-C; the step was finished and the checkpoint written.
     """
     watch = watch or Watch()
     state = start(task, accelerator)
     if checkpoint is not None and checkpoint.is_file():
         load_state(checkpoint, state, identity)
-    saved_at = time.monotonic()
     per_epoch = task.images.steps(task.recipe.batch_size)
-    while state.step < task.steps:
-        epoch, done = divmod(state.step, per_epoch)
-        began, seen, losses = time.monotonic(), 0, []
-        batches = task.images.batches(
-            task.recipe.batch_size,
-            device=accelerator.device,
-            seed=task.seed,
-            epoch=epoch,
-            augment=task.recipe.augment,
-            start_batch=done,
-        )
-        for images, labels in batches:
-            losses.append(train_step(task, state, accelerator, images, labels))
-            seen += len(labels)
-            report = StepReport(
-                state.step, task.steps, losses[-1], seen / (time.monotonic() - began)
+    with deferred_interrupt() as interrupted:
+        keeper = _Keeper(checkpoint, identity, interrupted)
+        while state.step < task.steps:
+            epoch, done = divmod(state.step, per_epoch)
+            began, seen, losses = time.monotonic(), 0, []
+            batches = task.images.batches(
+                task.recipe.batch_size,
+                device=accelerator.device,
+                seed=task.seed,
+                epoch=epoch,
+                augment=task.recipe.augment,
+                start_batch=done,
             )
-            watch.on_step(report)
-            if checkpoint is not None and time.monotonic() - saved_at > CHECKPOINT_SECONDS:
-                save_state(checkpoint, state, identity)
-                saved_at = time.monotonic()
-        mean = sum(losses) / len(losses)
-        watch.on_epoch(state.ema, StepReport(state.step, task.steps, mean, report.images_per_s))
+            for images, labels in batches:
+                losses.append(train_step(task, state, accelerator, images, labels))
+                seen += len(labels)
+                report = StepReport(
+                    state.step, task.steps, losses[-1], seen / (time.monotonic() - began)
+                )
+                watch.on_step(report)
+                if state.step % per_epoch:  # an epoch's last step is kept once it is reported
+                    keeper.keep(state)
+            mean = sum(losses) / len(losses)
+            watch.on_epoch(state.ema, StepReport(state.step, task.steps, mean, report.images_per_s))
+            keeper.keep(state)
     if checkpoint is not None:
         save_state(checkpoint, state, identity)
     return state.ema
+
+
+class _Keeper:
+    """Writes the checkpoint every few seconds, and when the run is interrupted."""
+
+    def __init__(
+        self, checkpoint: Path | None, identity: str, interrupted: Callable[[], bool]
+    ) -> None:
+        self._checkpoint, self._identity = checkpoint, identity
+        self._interrupted = interrupted
+        self._kept_at = time.monotonic()
+
+    def keep(self, state: TrainState) -> None:
+        """Write if it is time.
+
+        Raises:
+            KeyboardInterrupt: the run was interrupted; the state is written.
+        """
+        stop = self._interrupted()
+        due = time.monotonic() - self._kept_at > CHECKPOINT_SECONDS
+        if self._checkpoint is not None and (due or stop):
+            save_state(self._checkpoint, state, self._identity)
+            self._kept_at = time.monotonic()
+        if stop:
+            raise KeyboardInterrupt
 
 
 def decay_groups(
