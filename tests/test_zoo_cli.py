@@ -11,49 +11,17 @@ import onnxruntime
 import pytest
 import torch
 from typer.testing import CliRunner
+from zoo_cases import TINY, save_run, trained
 
 from slimnas.arch.architecture import Architecture
 from slimnas.cli.zoo import app
 from slimnas.errors import WeightsError
-from slimnas.nn.build import Network, build
-from slimnas.zoo.entry import save_model
-from slimnas.zoo.metrics import Metric
 from slimnas.zoo.registry import add
-
-METRICS = {"digits_top1": Metric(0.97, "slimnas evaluate, 360 test images")}
-TINY = Architecture.from_dict(
-    {
-        "schema": "slimnas/architecture/1",
-        "name": "tiny",
-        "input": {"resolution": 32},
-        "stem": {"type": "conv_stem", "width": 4},
-        "stages": [
-            {"width": 4, "blocks": [{"type": "mb4d"}]},
-            {
-                "width": 6,
-                "downsample": {"type": "conv3x3"},
-                "blocks": [{"type": "mb3d", "heads": 2, "qk_dim": 3, "v_dim": 4}],
-            },
-        ],
-        "head": {"type": "linear", "classes": 10, "distilled": True},
-        "provenance": {"source": "made in a test"},
-    }
-)
-
-
-def trained(seed: int = 0) -> Network:
-    network = build(TINY, seed=seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1)
-    return network.eval()
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    folder = tmp_path / "runs" / "first"
-    save_model(folder, architecture=TINY, weights=trained().state_dict(), metrics=METRICS)
-    return folder
+    return save_run(tmp_path / "runs" / "first")
 
 
 @pytest.fixture
