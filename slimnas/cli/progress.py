@@ -42,7 +42,7 @@ class SearchProgress:
         self._slimming: TaskID | None = None
         self._search_top1: float | None = None
         self._weighed = 0
-        self._seen_steps = 0
+        self._last_step = ""
 
     def __enter__(self) -> SearchProgress:
         self._bars.start()
@@ -73,22 +73,26 @@ class SearchProgress:
             self._log(f"training step {report.step}/{report.steps} {state}")
 
     def evaluated(self, selection: Selection, top1: float) -> None:
-        """Count the candidates of a step."""
+        """Count the candidates weighed so far."""
         self._weighed += 1
-        if self._slimming is not None:
-            self._bars.update(self._slimming, state=f"{self._weighed} candidates weighed")
+        if self._slimming is None:  # how far it is to the target is known after the first step
+            self._slimming = self._bars.add_task("slimming", total=None, state="")
+        state = f"{self._last_step} {self._weighed} candidates weighed".lstrip()
+        self._bars.update(self._slimming, state=state)
 
     def slimming(self, trajectory: Trajectory, target_ms: float) -> None:
         """Move the slimming bar from the largest network's latency towards the target."""
         latency_ms = trajectory.states[-1][1]
-        if self._slimming is None:
-            total = max(trajectory.latency_ms - target_ms, 1e-9)
-            self._slimming = self._bars.add_task("slimming", total=total, state="")
         step = trajectory.steps[-1]
-        state = f"{latency_ms:.3f} ms search top-1 {step.top1:.1f} % {step.taken.label}"
-        done = trajectory.latency_ms - max(latency_ms, target_ms)
-        self._bars.update(self._slimming, completed=done, state=state)
-        self._log(f"slimming step {len(trajectory.steps)}: {state}")
+        self._last_step = f"{latency_ms:.3f} ms search top-1 {step.top1:.1f} % {step.taken.label}"
+        if self._slimming is not None:
+            self._bars.update(
+                self._slimming,
+                total=max(trajectory.latency_ms - target_ms, 1e-9),
+                completed=trajectory.latency_ms - max(latency_ms, target_ms),
+                state=self._last_step,
+            )
+        self._log(f"slimming step {len(trajectory.steps)}: {self._last_step}")
 
     def _log(self, line: str) -> None:
         if not self._console.is_terminal:
