@@ -109,6 +109,11 @@ def test_a_supernet_serves_other_runs(
     assert other.code == 0, other.err
     digests = [found["architecture_digest"] for found in other.json()["found"]]
     assert digests == [found["architecture_digest"] for found in answer["found"]]
+    given = ("--supernet", RUN / "supernet.safetensors", "--output", "runs/unseen")
+    leaky = slimnas(capsys, *SEARCH[:5], *SEARCH[7:], *given, *TARGETS, "--seed", "1")
+    assert leaky.code == 1
+    assert "SEARCH may hold images it has seen" in leaky.errors[0]
+    assert not Path("runs/unseen").exists()
 
 
 def test_a_damaged_trajectory_is_one_line(

@@ -22,6 +22,7 @@ from PIL import Image
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.space import SearchSpace
 from slimnas.cli.main import main
+from slimnas.data.splits import open_data
 from slimnas.nn.build import build
 from slimnas.supernet.supernet import Supernet
 from slimnas.supernet.train import TrainedSupernet, save_supernet, weights_digest
@@ -124,7 +125,9 @@ def test_commands(page: str, line: str, world: Path) -> None:
 def supernet_of_the_run(path: Path) -> None:
     space = SearchSpace.load("efficientformer_tiny").with_classes(10)
     supernet = Supernet(space, resolution=32, seed=0).eval()
-    save_supernet(path, TrainedSupernet(supernet, weights_digest(supernet), {"seed": 0}))
+    data = open_data("digits", resolution=(32, 32), channels=3, seed=0)
+    provenance = {"seed": 0, "data": data.digest}
+    save_supernet(path, TrainedSupernet(supernet, weights_digest(supernet), provenance))
 
 
 @pytest.mark.parametrize(("page", "text"), list(blocks("python")))

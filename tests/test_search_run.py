@@ -140,6 +140,9 @@ def test_a_supernet_of_something_else(result: SearchResult, tmp_path: Path) -> N
     trained = result.trained
     with pytest.raises(SpecError, match="trained at 16 px, the data are at 8 px; leave out --res"):
         search(tmp_path / "a", ONE, supernet=trained, resolution=8)
+    elsewhere = dataclasses.replace(trained, provenance={**trained.provenance, "data": "0" * 64})
+    with pytest.raises(SpecError, match="another split of them, so SEARCH may hold images it has"):
+        search(tmp_path / "d", ONE, supernet=elsewhere)
     other = dataclasses.replace(trained)
     space = trained.supernet.space
     try:
@@ -151,7 +154,7 @@ def test_a_supernet_of_something_else(result: SearchResult, tmp_path: Path) -> N
             search(tmp_path / "c", ONE, supernet=other)
     finally:
         trained.supernet.space = space
-    for name in "abc":
+    for name in "abcd":
         assert files(tmp_path / name) == {"config.yaml"}
 
 

@@ -206,7 +206,7 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
     from slimnas._lock import folder_lock
     from slimnas.cli.progress import SearchProgress
     from slimnas.data.splits import open_data
-    from slimnas.search.checks import check_search, require_same_space
+    from slimnas.search.checks import check_search, require_fitting
     from slimnas.search.config import claim, refuse_other_run
     from slimnas.search.run import run_search
     from slimnas.train.loop import accelerator_for
@@ -225,7 +225,9 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
         space = inputs.space.with_classes(data.classes)
         check_search(space, inputs.table, config)
         if inputs.supernet is not None:
-            require_same_space(inputs.supernet, space, "--supernet")
+            require_fitting(
+                inputs.supernet, space, data.for_search(), config.resolution, "--supernet"
+            )
         accelerator_for(train_on)
         claim(folder, config)  # only now: a refused run leaves no settings behind
         note(f"data: {data.description}")
@@ -273,7 +275,9 @@ def _no_empty_folder(folder: Path) -> Iterator[None]:
 
 
 def _run_name(inputs: _Inputs) -> str:
-    targets = "-".join(f"{target_ms:g}ms" for target_ms in inputs.config.targets_ms)
+    from slimnas.search.target import latency_label
+
+    targets = "-".join(latency_label(target_ms) for target_ms in inputs.config.targets_ms)
     data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(inputs.config.data).name).strip("-")
     return "-".join((inputs.space.name, data, inputs.table.device.name, targets))
 

@@ -6,6 +6,7 @@ import hashlib
 from functools import cache
 
 from slimnas.arch.space import SearchSpace, Selection
+from slimnas.data.splits import SearchData
 from slimnas.errors import SpecError
 from slimnas.latency.estimate import latency_ms, missing_components, require_prices
 from slimnas.latency.rows import rows_to_csv
@@ -64,20 +65,47 @@ def table_digest(table: LatencyTable) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def require_same_space(trained: TrainedSupernet, space: SearchSpace, source: str) -> None:
-    """Refuse a supernet that was trained for another space or number of classes.
+def require_fitting(
+    trained: TrainedSupernet,
+    space: SearchSpace,
+    data: SearchData,
+    resolution: int,
+    source: str = "the supernet",
+) -> None:
+    """Refuse a supernet that cannot answer for this space and data.
+
+    Other data, or the same data split by another seed, would judge candidates on images that
+    the supernet may have been trained on.
+
+    Args:
+        trained: the supernet.
+        space: the space of the search, for the data's number of classes.
+        data: TRAIN and SEARCH of the search.
+        resolution: side of their images, pixels.
+        source: what to call the supernet in a message.
 
     Raises:
-        SpecError: says which.
+        SpecError: another space, head, resolution, or other data; says which.
     """
-    given, wanted = trained.supernet.space, space
-    if given.head.classes != wanted.head.classes:
+    given = trained.supernet
+    if given.resolution != resolution:
         raise SpecError(
-            f"{source}: trained for {given.head.classes} classes, the data has "
-            f"{wanted.head.classes}; give the data it was trained on"
+            f"{source} was trained at {given.resolution} px, the data are at {resolution} px; "
+            "leave out --resolution"
         )
-    if given.to_yaml() != wanted.to_yaml():
+    if given.space.head.classes != space.head.classes:
         raise SpecError(
-            f"{source}: trained for another content of space {given.name}, not this "
-            f"{wanted.name}; give the --space it was trained on"
+            f"{source}: trained for {given.space.head.classes} classes, the data has "
+            f"{space.head.classes}; give the data it was trained on"
+        )
+    if given.space.to_yaml() != space.to_yaml():
+        raise SpecError(
+            f"{source}: trained for another content of space {given.space.name}, not this "
+            f"{space.name}; give the --space it was trained on"
+        )
+    if trained.provenance.get("data") != data.digest:
+        raise SpecError(
+            f"{source}: trained on other data or another split of them, so SEARCH may hold images "
+            "it has seen; give the --data, --seed, --max-images and --skip-bad-images of its "
+            "training"
         )

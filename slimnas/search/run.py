@@ -21,9 +21,9 @@ from slimnas._files import atomic_write_text, remove_leftovers
 from slimnas.arch.space import SearchSpace, Selection
 from slimnas.data.batches import ImageSet
 from slimnas.data.splits import SearchData
-from slimnas.errors import RunFolderError, SpecError
+from slimnas.errors import RunFolderError
 from slimnas.latency.table import LatencyTable
-from slimnas.search.checks import pricer, require_same_space
+from slimnas.search.checks import pricer, require_fitting
 from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
 from slimnas.search.found import (
@@ -120,19 +120,14 @@ def run_search(
 
     Raises:
         UnreachableTargetError: greedy found no way to a target.
-        SpecError: `supernet` was trained for another space, head or resolution.
+        SpecError: `supernet` was trained for another space, head, resolution or data.
         WeightsError, RunFolderError: a damaged or foreign file in the folder.
         RuntimeUnavailableError: this machine lacks `train_on`.
     """
-    if supernet is not None and supernet.supernet.resolution != config.resolution:
-        raise SpecError(
-            f"the supernet was trained at {supernet.supernet.resolution} px, the data are at "
-            f"{config.resolution} px; leave out --resolution"
-        )
     remove_leftovers(folder)
     accelerator = accelerator_for(train_on)
     trained = supernet or _supernet(config, space, data, folder, listener, accelerator)
-    require_same_space(trained, space, "the supernet")
+    require_fitting(trained, space, data, config.resolution)
     trained.supernet.to(accelerator.device)
     provenance = {
         "seed": config.seed,

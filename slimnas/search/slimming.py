@@ -1,7 +1,7 @@
 """Greedy slimming: from the largest network down, smallest accuracy drop per millisecond first.
 
-Li et al., "EfficientFormer" (NeurIPS 2022), section 4.2 and the appendix's Algorithm 1. What
-the paper leaves open is decided as follows: drops below zero count as zero; ties go to the
+Li et al., "EfficientFormer" (NeurIPS 2022), section 4.2. What the paper leaves open is decided
+as follows: drops below zero count as zero; ties go to the
 action that saves more time; the step that would reach the target takes, of the actions that
 reach it, the one with the smallest drop, and of equals the one that overshoots least.
 """

@@ -22,7 +22,7 @@ def taylor_order(
 
     The importance of a channel is (sum of g * w over the weights that read or write it), squared
     per minibatch and averaged: Molchanov et al., "Importance Estimation for Neural Network
-    Pruning" (CVPR 2019), equation 8. The supernet is not changed, its gradients included.
+    Pruning" (CVPR 2019). The supernet is not changed, its gradients included.
 
     Args:
         supernet: trained, in evaluation mode.

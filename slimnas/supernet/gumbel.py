@@ -2,9 +2,9 @@
 
 References:
     EfficientFormer (NeurIPS 2022), section 4.2: softmax((alpha + e) / tau), e ~ U(0, 1).
-    Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (ICLR 2017), equations 1, 2.
-    Dong and Yang, "Searching for a Robust Neural Architecture in Four GPU Hours" (CVPR 2019),
-    equation 4: run the sampled path only, straight-through gradient.
+    Jang et al., "Categorical Reparameterization with Gumbel-Softmax" (ICLR 2017).
+    Dong and Yang, "Searching for a Robust Neural Architecture in Four GPU Hours" (CVPR 2019):
+    run the sampled path only, straight-through gradient.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def place(supernet: Supernet, architecture: Architecture) -> Selection:
 
 
 class Inheritance:
-    """Makes stand-alone modules that carry a supernet's weights, keeping each one it made.
+    """Makes stand-alone modules and networks that carry a supernet's weights.
 
     Args:
         supernet: where the weights come from; never changed.
