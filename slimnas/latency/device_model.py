@@ -20,8 +20,7 @@ from slimnas.arch.walk import Component, walk
 STREAMING_POSITIONS = 400
 """A dense layer with fewer output positions waits for its weights, one with more for its
 multipliers. At 224 pixels maps have 49, 196, 784, ... positions, so any threshold between 196
-and 784 says the same; multiply rate over weight rate of this class of hardware (5.5 TMAC/s over
-17 G weights/s at 34 GB/s in half precision) is 320."""
+and 784 says the same."""
 
 LARGE_ATTENTION_QUERIES = 100
 """Attention over more queries than this pays for its score map. At 224 pixels stages have 49
