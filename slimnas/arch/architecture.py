@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from slimnas.arch.documents import (
     Spec,
@@ -28,14 +28,32 @@ from slimnas.arch.documents import (
 )
 from slimnas.arch.efficientformer import MB3D, MB4D, MOST, Conv3x3, ConvStem, Count, LinearHead
 from slimnas.arch.shapes import FeatureShape
+from slimnas.arch.swin import PatchMerging, SwinBlock, SwinStem
+from slimnas.arch.vit import TokenHead, ViTBlock, ViTStem
 
 SCHEMA = "slimnas/architecture/1"
 WHAT = "an architecture"
 
-StemSpec = ConvStem
-DownsampleSpec = Conv3x3
-BlockSpec = Annotated[MB4D | MB3D, Field(discriminator="type")]
-HeadSpec = LinearHead
+
+def _else_type(default: str) -> BeforeValidator:
+    """Fill in the type that files of one family may leave out."""
+
+    def fill(value: Any) -> Any:
+        missing = isinstance(value, Mapping) and "type" not in value
+        return {"type": default, **value} if missing else value
+
+    return BeforeValidator(fill)
+
+
+AnyStem = ConvStem | ViTStem | SwinStem
+AnyDownsample = Conv3x3 | PatchMerging
+AnyBlock = MB4D | MB3D | ViTBlock | SwinBlock
+AnyHead = LinearHead | TokenHead
+_TAGGED = Field(discriminator="type")
+StemSpec = Annotated[Annotated[AnyStem, _TAGGED], _else_type("conv_stem")]
+DownsampleSpec = Annotated[Annotated[AnyDownsample, _TAGGED], _else_type("conv3x3")]
+BlockSpec = Annotated[AnyBlock, _TAGGED]
+HeadSpec = Annotated[Annotated[AnyHead, _TAGGED], _else_type("linear")]
 
 
 class InputSpec(Spec):
@@ -75,9 +93,7 @@ class StageSpec(Spec):
 
     @field_validator("blocks")
     @classmethod
-    def _expand(
-        cls, blocks: tuple[MB4D | MB3D, ...], info: ValidationInfo
-    ) -> tuple[MB4D | MB3D, ...]:
+    def _expand(cls, blocks: tuple[AnyBlock, ...], info: ValidationInfo) -> tuple[AnyBlock, ...]:
         width = info.data.get("width")
         if width is None:
             return blocks
@@ -124,6 +140,36 @@ class Architecture(Spec):
                     f"needs a downsample; got {stage.width}"
                 )
             width = stage.width
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Architecture:
+        """Class tokens need a stem that makes them, blocks that keep them and a head."""
+        tokens = isinstance(self.stem, ViTStem)
+        head = isinstance(self.head, TokenHead)
+        if tokens != head:
+            raise ValueError(
+                f"head.type: must be {'token' if tokens else 'linear'} after a {self.stem.type}, "
+                f"got {self.head.type}"
+            )
+        if isinstance(self.stem, ViTStem):
+            self.stem.output_shape(self.input.shape)  # refuses images smaller than a patch
+            if self.head.distilled and not self.stem.distilled:
+                raise ValueError(
+                    "head.distilled: needs the stem's distillation token (stem.distilled: true)"
+                )
+        for index, stage in enumerate(self.stages):
+            for number, block in enumerate(stage.blocks):
+                if tokens and not isinstance(block, ViTBlock):
+                    raise ValueError(
+                        f"stages[{index}].blocks[{number}].type: must be vit after a vit_stem, "
+                        f"whose class token other blocks would not keep; got {block.type}"
+                    )
+            if tokens and stage.downsample is not None:
+                raise ValueError(
+                    f"stages[{index}].downsample: must be left out after a vit_stem, whose class "
+                    "token would be lost"
+                )
         return self
 
     @classmethod
@@ -182,17 +228,15 @@ class Architecture(Spec):
     def with_resolution(self, resolution: int | tuple[int, int]) -> Architecture:
         """The same network for another input size."""
         given = InputSpec(channels=self.input.channels, resolution=resolution)
-        return self.model_copy(update={"input": given})
+        return Architecture.model_validate({**self.model_dump(), "input": given.model_dump()})
 
     def with_head(
         self, *, classes: int | None = None, distilled: bool | None = None
     ) -> Architecture:
         """The same network with another classifier."""
-        head = LinearHead(
-            classes=self.head.classes if classes is None else classes,
-            distilled=self.head.distilled if distilled is None else distilled,
-        )
-        return self.model_copy(update={"head": head})
+        given = {"classes": classes, "distilled": distilled}
+        fields = self.head.model_dump() | {k: v for k, v in given.items() if v is not None}
+        return Architecture.model_validate({**self.model_dump(), "head": fields})
 
     def renamed(self, name: str, provenance: Mapping[str, Any] | None = None) -> Architecture:
         """The same network under another name, with other provenance if given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BYTES_PER_ELEMENT = 4
 """Activations are counted as fp32."""
@@ -10,16 +10,20 @@ BYTES_PER_ELEMENT = 4
 
 @dataclass(frozen=True)
 class FeatureShape:
-    """Shape of one image's feature map: (channels, height, width)."""
+    """Shape of one image's feature map: (channels, height, width).
+
+    `extra_tokens` stand before the map's own tokens: class and distillation token of a ViT.
+    """
 
     channels: int
     height: int
     width: int
+    extra_tokens: int = 0
 
     @property
     def positions(self) -> int:
-        """Number of pixels, which is the number of tokens of an attention block."""
-        return self.height * self.width
+        """Number of pixels and extra tokens, which is what an attention block sees."""
+        return self.height * self.width + self.extra_tokens
 
     def halved(self, channels: int) -> FeatureShape:
         """Shape after a 3x3, stride-2, padding-1 convolution to `channels` channels."""
@@ -27,7 +31,7 @@ class FeatureShape:
 
     def with_channels(self, channels: int) -> FeatureShape:
         """The same map with another number of channels."""
-        return FeatureShape(channels, self.height, self.width)
+        return replace(self, channels=channels)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ from slimnas.arch.architecture import Architecture
 from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import MB3D, MB4D, Conv3x3, ConvStem, LinearHead
 from slimnas.arch.shapes import Cost, FeatureShape
+from slimnas.arch.swin import PatchMerging, SwinBlock, SwinStem
+from slimnas.arch.vit import TokenHead, ViTBlock, ViTStem
+
+_ONE_SHAPE = (ConvStem, ViTStem, SwinStem, MB4D, MB3D, ViTBlock, SwinBlock, LinearHead, TokenHead)
+"""Specs whose cost follows from their input alone."""
 
 ComponentKind = Literal["stem", "downsample", "block", "head"]
 
@@ -65,8 +70,8 @@ def component_cost(component: Component) -> Cost:
         TypeError: a spec without a cost rule.
     """
     spec = component.spec
-    if isinstance(spec, Conv3x3):
+    if isinstance(spec, (Conv3x3, PatchMerging)):
         return spec.cost(component.input, component.output.channels)
-    if isinstance(spec, (ConvStem, MB4D, MB3D, LinearHead)):
+    if isinstance(spec, _ONE_SHAPE):
         return spec.cost(component.input)
     raise TypeError(f"{type(spec).__name__} has no cost rule; give its class a cost() method")
