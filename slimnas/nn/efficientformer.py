@@ -114,10 +114,10 @@ class ConvFFN(nn.Module):
 
     def __init__(self, *, width: int, ffn_dim: int) -> None:
         super().__init__()
-        self.fc1 = _initialised(nn.Conv2d(width, ffn_dim, 1))
+        self.fc1 = initialised(nn.Conv2d(width, ffn_dim, 1))
         self.norm1 = nn.BatchNorm2d(ffn_dim, eps=NORM_EPS)
         self.act = nn.GELU()
-        self.fc2 = _initialised(nn.Conv2d(ffn_dim, width, 1))
+        self.fc2 = initialised(nn.Conv2d(ffn_dim, width, 1))
         self.norm2 = nn.BatchNorm2d(width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,8 +180,8 @@ class Attention(nn.Module):
         self.grid, self.heads, self.qk_dim, self.v_dim = grid, heads, qk_dim, v_dim
         self.tokens = grid[0] * grid[1]
         self.scale = qk_dim**-0.5
-        self.qkv = _initialised(nn.Linear(width, heads * (2 * qk_dim + v_dim)))
-        self.proj = _initialised(nn.Linear(heads * v_dim, width))
+        self.qkv = initialised(nn.Linear(width, heads * (2 * qk_dim + v_dim)))
+        self.proj = initialised(nn.Linear(heads * v_dim, width))
         self.attention_biases = nn.Parameter(torch.zeros(heads, self.tokens))
         # Derived from the grid, so not part of the weights.
         self.register_buffer("attention_bias_idxs", offset_index(*grid), persistent=False)
@@ -217,9 +217,9 @@ class FFN(nn.Module):
 
     def __init__(self, *, width: int, ffn_dim: int) -> None:
         super().__init__()
-        self.fc1 = _initialised(nn.Linear(width, ffn_dim))
+        self.fc1 = initialised(nn.Linear(width, ffn_dim))
         self.act = nn.GELU()
-        self.fc2 = _initialised(nn.Linear(ffn_dim, width))
+        self.fc2 = initialised(nn.Linear(ffn_dim, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, N, C) to the same shape."""
@@ -294,8 +294,8 @@ class LinearHead(nn.Module):
     def __init__(self, *, width: int, classes: int, distilled: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.head = _initialised(nn.Linear(width, classes))
-        self.head_dist = _initialised(nn.Linear(width, classes)) if distilled else None
+        self.head = initialised(nn.Linear(width, classes))
+        self.head_dist = initialised(nn.Linear(width, classes)) if distilled else None
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (B, K), or a pair of them from a distilled head in training."""
@@ -368,7 +368,7 @@ MAKERS: Mapping[type[Spec], Maker] = MappingProxyType(
 """How a component of this family becomes a module; `slimnas.nn.build` joins the families."""
 
 
-def _initialised(layer: LayerT) -> LayerT:
+def initialised(layer: LayerT) -> LayerT:
     """Truncated normal weights and zero biases, as the released code starts its 1x1 layers."""
     nn.init.trunc_normal_(layer.weight, std=LINEAR_INIT_STD)
     assert layer.bias is not None

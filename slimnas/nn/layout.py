@@ -23,7 +23,12 @@ def to_tokens(x: Tensor) -> Tensor:
 
 
 def to_map(x: Tensor, shape: FeatureShape) -> Tensor:
-    """Turn tokens (B, H*W, C) into a map (B, C, H, W) of `shape`, the inverse of `to_tokens`."""
+    """Turn tokens (B, extra + H*W, C) into a map (B, C, H, W) of `shape`; extra tokens go.
+
+    Without extra tokens it is the inverse of `to_tokens`.
+    """
+    if shape.extra_tokens:
+        x = x[:, shape.extra_tokens :]
     # All sizes but the batch are Python ints: exporters trip over sizes read from tensors.
     return x.transpose(1, 2).reshape(-1, shape.channels, shape.height, shape.width)
 
