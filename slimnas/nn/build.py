@@ -12,12 +12,12 @@ from slimnas.arch.documents import Spec
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import InputSizeError, SpecError
-from slimnas.nn import efficientformer, vit
+from slimnas.nn import efficientformer, swin, vit
 from slimnas.nn.layout import as_layout, is_tracing, layout_of, run_module
 from slimnas.nn.makers import Maker
 from slimnas.nn.seeding import seeded
 
-MAKERS: dict[type[Spec], Maker] = {**efficientformer.MAKERS, **vit.MAKERS}
+MAKERS: dict[type[Spec], Maker] = {**efficientformer.MAKERS, **vit.MAKERS, **swin.MAKERS}
 """How each type of component becomes a module; a new block family adds its own line here."""
 
 
