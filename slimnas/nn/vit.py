@@ -50,23 +50,18 @@ class ViTStem(nn.Module):
         self, *, channels: int, width: int, patch: int, patches: int, distilled: bool
     ) -> None:
         super().__init__()
-        self.extra_tokens, self.patches = (2 if distilled else 1), patches
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
         self.cls_token = _learned(1, width, std=CLASS_TOKEN_INIT_STD)
         self.dist_token = _learned(1, width) if distilled else None
-        self.pos_embed = _learned(self.extra_tokens + patches, width)
-
-    def embedding(self) -> Tensor:
-        """What is added to the patches behind zeros for the extra tokens: (1, extra + N, C)."""
-        extra: list[Tensor] = [self.cls_token]
-        if self.dist_token is not None:
-            extra.append(self.dist_token)
-        return F.pad(torch.cat(extra, dim=1), (0, 0, 0, self.patches)) + self.pos_embed
+        self.pos_embed = _learned((2 if distilled else 1) + patches, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map an image to tokens."""
-        # Padded, not joined: joining needs the tokens once per image, a size read from a tensor.
-        return F.pad(to_tokens(self.proj(x)), (0, 0, self.extra_tokens, 0)) + self.embedding()
+        patches = to_tokens(self.proj(x))
+        learned = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        # expand_as: with the batch size as a number, exporters would read it from a tensor.
+        extra = [token.expand_as(patches[:, :1]) for token in learned]
+        return torch.cat([*extra, patches], dim=1) + self.pos_embed
 
 
 class Attention(nn.Module):
