@@ -9,7 +9,7 @@ from slimnas.latency.estimate import (
     missing_components,
     require_prices,
 )
-from slimnas.latency.keys import OVERHEAD, PriceKey, price_key
+from slimnas.latency.keys import OVERHEAD, PriceKey, price_key, price_keys, price_parts
 from slimnas.latency.rows import PriceRow
 from slimnas.latency.spaces import space_components
 from slimnas.latency.table import DeviceInfo, LatencyTable
@@ -28,6 +28,8 @@ __all__ = [
     "latency_ms",
     "missing_components",
     "price_key",
+    "price_keys",
+    "price_parts",
     "provenance_line",
     "require_prices",
     "space_components",

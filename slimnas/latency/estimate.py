@@ -11,7 +11,7 @@ from slimnas.arch.architecture import Architecture
 from slimnas.arch.space import SearchSpace
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import MissingLatencyError
-from slimnas.latency.keys import OVERHEAD, PriceKey, price_key
+from slimnas.latency.keys import OVERHEAD, PriceKey, price_key, price_keys, price_parts
 from slimnas.latency.prices import Price, PriceKind
 from slimnas.latency.spaces import space_components
 from slimnas.latency.table import LatencyTable
@@ -20,13 +20,17 @@ DEFAULT_LEVEL = 0.9
 NAMED = 3
 """Missing components named in an error line; the rest are counted."""
 
+SPACE_TYPES = frozenset({"conv_stem", "conv3x3", "mb4d", "mb3d", "linear"})
+"""Types that a search space's table holds; others need a table of their model."""
+
 
 @dataclass(frozen=True)
 class PricedComponent:
     """One line of an estimate.
 
     Attributes:
-        component: module name, or `overhead`.
+        component: module name, or `overhead`; `.attn` and `.mlp` behind it for a ViT or Swin
+            block's sub-layers.
         key: what it was looked up by.
         latency_ms: its price.
         spread_ms: standard error of the price.
@@ -49,8 +53,8 @@ class Estimate:
         interval_ms: lower and upper end of its interval.
         level: share of networks the interval is meant to hold; none when a component was
             extrapolated, which no stated error covers.
-        rows: one per component in execution order, the overhead last.
-        exact: number of components read from a row.
+        rows: one per component or sub-layer in execution order, the overhead last.
+        exact: number of them read from a row.
         interpolated: number read between rows.
         extrapolated: number read beyond the rows.
     """
@@ -78,13 +82,13 @@ def estimate(
         MissingLatencyError: a component the table cannot price, or only by extrapolation.
     """
     rows, missing = [], []
-    for component in walk(architecture):
-        key = price_key(component)
+    for part in (part for component in walk(architecture) for part in price_parts(component)):
+        key = price_key(part)
         price = table.prices.find(key)
         if price is None or (price.kind == "extrapolated" and not allow_extrapolation):
-            missing.append((component.name, key))
+            missing.append((part.name, key))
         else:
-            rows.append(_row(component.name, key, price))
+            rows.append(_row(part.name, key, price))
     if missing:
         raise MissingLatencyError(
             _missing_line(missing, table, f"architecture {architecture.name}")
@@ -119,16 +123,20 @@ def latency_ms(architecture: Architecture, table: LatencyTable) -> float:
 
 
 def component_latency_ms(component: Component, table: LatencyTable) -> float:
-    """Return the price of one component.
+    """Return the price of one component: of a ViT or Swin block, the sum of its sub-layers'.
+
+    Every price is computed once per table, so that a pruner may ask for thousands of widths.
 
     Raises:
         MissingLatencyError: the table cannot price it without extrapolation.
     """
-    key = price_key(component)
-    price = table.prices.find(key)
-    if price is None or price.kind == "extrapolated":
-        raise MissingLatencyError(_missing_line([(component.name, key)], table, component.name))
-    return price.latency_ms
+    total_ms = 0.0
+    for key in price_keys(component):
+        price = table.prices.find(key)
+        if price is None or price.kind == "extrapolated":
+            raise MissingLatencyError(_missing_line([("", key)], table, component.name))
+        total_ms += price.latency_ms
+    return total_ms
 
 
 def missing_components(
@@ -141,7 +149,7 @@ def missing_components(
         table: prices of one device.
     """
     components = space_components(wanted) if isinstance(wanted, SearchSpace) else wanted
-    keys = dict.fromkeys(price_key(component) for component in components)
+    keys = dict.fromkeys(key for component in components for key in price_keys(component))
     return tuple(key for key in keys if _unpriced(table.prices.find(key)))
 
 
@@ -205,12 +213,21 @@ def _missing_line(missing: list[tuple[str, PriceKey]], table: LatencyTable, what
         named.append(f"{name + ': ' if name else ''}{key} ({closest})")
     more = f" and {len(first) - NAMED} more" if len(first) > NAMED else ""
     device = table.device.name
-    remedy = f"measure them with 'slimnas latency build --device {device}'"
-    if table.device.kind == "estimated":
-        remedy = (
-            "stay within the shipped search spaces, or measure a device of your own with "
-            "'slimnas latency build --device NAME'"
-        )
+    remedy = _remedy(set(first), table)
     return (
         f"{what}: the latency table {device!r} has no price for {'; '.join(named)}{more}; {remedy}"
     )
+
+
+def _remedy(missing: set[PriceKey], table: LatencyTable) -> str:
+    if not SPACE_TYPES.issuperset(key.type for key in missing):
+        return (
+            "measure a table for it with 'slimnas latency build --model MODEL --device NAME', "
+            "MODEL being the network before it was pruned"
+        )
+    if table.device.kind == "estimated":
+        return (
+            "stay within the shipped search spaces, or measure a device of your own with "
+            "'slimnas latency build --device NAME'"
+        )
+    return f"measure them with 'slimnas latency build --device {table.device.name}'"

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import MB3D, MB4D, LinearHead
+from slimnas.arch.shapes import FeatureShape
+from slimnas.arch.swin import SwinBlock
+from slimnas.arch.vit import TransformerBlock
 from slimnas.arch.walk import Component
 from slimnas.errors import LatencyTableError
 
 FieldValue = int | str
 Fields = tuple[tuple[str, FieldValue], ...]
 
-INTERPOLATED_FIELDS = frozenset({"ffn_dim"})
+INTERPOLATED_FIELDS = frozenset({"ffn_dim", "heads", "qk_dim", "v_dim"})
 """Fields a price may be interpolated over; the others separate groups of rows."""
 
+WITHOUT_ATTENTION = {"heads": 0, "qk_dim": 0, "v_dim": 0}
+WITHOUT_FFN = {"ffn_dim": 0}
+"""What turns a ViT or Swin block into one of its two sub-layers."""
+
 _IN_WIDTHS = {"type", "repeat", "width", "classes"}
-_FREE = {"distilled"}  # the two classifiers fold into one at export: (a + b) / 2
+_FREE = {"distilled"}  # a linear head's two classifiers fold into one at export: (a + b) / 2
+_OF_ATTENTION = {"shift", "window"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,8 @@ class PriceKey:
         component: stem, block, downsample, head or overhead.
         type: the spec's type, such as `mb4d`; `network` for the overhead.
         fields: the spec's other fields in alphabetical order.
-        resolution: `HEIGHTxWIDTH` of the component's input; empty for the overhead.
+        resolution: `HEIGHTxWIDTH` of the component's input, `+N` behind it for N extra tokens;
+            empty for the overhead.
         width_in: channels of its input.
         width_out: channels of its output; the number of classes for a head.
     """
@@ -63,28 +73,73 @@ OVERHEAD = PriceKey("overhead", "network", (), "", 0, 0)
 """What a network costs once, however small it is."""
 
 
-def price_key(component: Component) -> PriceKey:
-    """Return the key that prices `component`.
+def price_parts(component: Component) -> tuple[Component, ...]:
+    """Return the parts of `component` that have a row each.
 
-    A head is priced by width and classes, whether distilled or not: its two classifiers are
-    averaged at inference and fold into one when the network is exported.
+    A ViT or Swin block costs what its attention sub-layer and its FFN sub-layer cost: two blocks
+    of one sub-layer, `NAME.attn` and `NAME.mlp` after their modules. Anything else has one row.
     """
     spec = component.spec
-    values: dict[str, Any] = {
-        name: getattr(spec, name)
-        for name in type(spec).model_fields
-        if name not in _IN_WIDTHS and not (isinstance(spec, LinearHead) and name in _FREE)
-    }
-    if isinstance(spec, (MB4D, MB3D)):
-        values["ffn_dim"] = spec.hidden(component.input.channels)
+    if not isinstance(spec, TransformerBlock):
+        return (component,)
+    parts = []
+    if spec.heads:
+        attention = spec.model_copy(update=WITHOUT_FFN)
+        parts.append(replace(component, name=f"{component.name}.attn", spec=attention))
+    if spec.hidden(component.input.channels):
+        ffn = spec.model_copy(update=WITHOUT_ATTENTION)
+        parts.append(replace(component, name=f"{component.name}.mlp", spec=ffn))
+    return tuple(parts)
+
+
+def price_keys(component: Component) -> tuple[PriceKey, ...]:
+    """Return the keys whose prices add up to that of `component`."""
+    return tuple(price_key(part) for part in price_parts(component))
+
+
+def price_key(component: Component) -> PriceKey:
+    """Return the key that prices `component`, one of the parts that `price_parts` gives.
+
+    A linear head is priced by width and classes, whether distilled or not: its two classifiers
+    are averaged at inference and fold into one when the network is exported.
+
+    Raises:
+        ValueError: a block of two sub-layers, which has two.
+    """
+    spec = component.spec
     return PriceKey(
         component=component.kind,
         type=getattr(spec, "type"),  # noqa: B009  every spec has one, the base class does not
-        fields=tuple(sorted(values.items())),
-        resolution=f"{component.input.height}x{component.input.width}",
+        fields=tuple(sorted(_fields(spec, component.input).items())),
+        resolution=_resolution(component.input),
         width_in=component.input.channels,
         width_out=component.output.channels,
     )
+
+
+def _fields(spec: Spec, shape: FeatureShape) -> dict[str, FieldValue]:
+    left_out = _IN_WIDTHS | (_FREE if isinstance(spec, LinearHead) else set())
+    # a table knows numbers and words: true is written as 1
+    values: dict[str, Any] = {
+        name: int(value) if isinstance(value, bool) else value
+        for name, value in spec
+        if name not in left_out
+    }
+    if isinstance(spec, (MB4D, MB3D, TransformerBlock)):
+        values["ffn_dim"] = spec.hidden(shape.channels)
+    if not isinstance(spec, TransformerBlock):
+        return values
+    if spec.heads and values["ffn_dim"]:
+        raise ValueError("a block of two sub-layers has two prices; ask for its price_keys")
+    if isinstance(spec, SwinBlock):
+        values["shift"] = max(spec.shifts(shape))  # none where the window is the whole map
+    absent = WITHOUT_FFN.keys() if spec.heads else {*WITHOUT_ATTENTION, *_OF_ATTENTION}
+    return {name: value for name, value in values.items() if name not in absent}
+
+
+def _resolution(shape: FeatureShape) -> str:
+    extra = f"+{shape.extra_tokens}" if shape.extra_tokens else ""
+    return f"{shape.height}x{shape.width}{extra}"
 
 
 def format_fields(fields: Fields) -> str:

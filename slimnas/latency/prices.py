@@ -1,8 +1,10 @@
 """Looks prices up in a table, interpolating between its rows where it must.
 
-Rows that differ in widths only form a group. Their coordinates (input width, output width, FFN
-width) often move together, so a group is first projected onto the affine space its rows span;
-there the price is linear between neighbours (Delaunay triangulation in two dimensions and more).
+Rows that differ in widths only form a group. Where they hold every combination of some values of
+each width, the price is linear in each width between them, which is what a layer costs: heads
+times head width, input times output width. Elsewhere widths move together (input width, output
+width, FFN width), so a group is first projected onto the affine space its rows span; there the
+price is linear between neighbours (Delaunay triangulation in two dimensions and more).
 """
 
 from __future__ import annotations
@@ -107,10 +109,33 @@ class _Group:
         offset = (point - self._origin) / self._scale
         inside = self._basis @ offset
         beside = float(np.linalg.norm(offset - inside @ self._basis))
-        latency_ms, error_ms = self._interpolate(inside)
-        if beside < 1e-6 and np.isfinite(latency_ms):
-            return Price(float(latency_ms), float(error_ms), "interpolated")
+        if beside < 1e-6:
+            latency_ms, error_ms = self._grid(point) if self._grid else self._interpolate(inside)
+            if np.isfinite(latency_ms):
+                return Price(float(latency_ms), float(error_ms), "interpolated")
         return self._beyond(point)
+
+    @cached_property
+    def _grid(self) -> Callable[[Array], Array] | None:
+        """Interpolation where the rows are a full grid in two widths or more, else none."""
+        varied = np.flatnonzero(np.ptp(self._points, axis=0))
+        lines = [np.unique(self._points[:, axis]) for axis in varied]
+        if len(lines) < 2 or math.prod(map(len, lines)) != len(self._points):
+            return None
+        # the rows are sorted, so they are in the grid's order
+        corners = self._values.reshape(*map(len, lines), 2)
+
+        def between(point: Array) -> Array:
+            values = corners
+            for line, x in zip(lines, point[varied], strict=True):
+                if not line[0] <= x <= line[-1]:
+                    return np.full(2, np.nan)
+                i = min(max(int(np.searchsorted(line, x)) - 1, 0), len(line) - 2)
+                share = (x - line[i]) / (line[i + 1] - line[i])
+                values = (1 - share) * values[i] + share * values[i + 1]
+            return values
+
+        return between
 
     @cached_property
     def _interpolate(self) -> Callable[[Array], Array]:
