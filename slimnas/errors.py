@@ -58,6 +58,10 @@ class ZooError(SlimnasError):
     """Raised when a zoo entry does not exist, exists already, or is damaged."""
 
 
+class PruneError(SlimnasError):
+    """Raised when a model cannot be pruned, a plan does not fit it, or a budget is out of reach."""
+
+
 def suggest(given: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest known name, else an empty string."""
     close = get_close_matches(given, list(known), n=1, cutoff=0.5)

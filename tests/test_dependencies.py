@@ -20,7 +20,7 @@ LEVELS = (
     {"data", "runtimes"},
     {"measure", "zoo"},
     {"train"},
-    {"supernet"},
+    {"supernet", "prune"},
     {"search"},
     {"report"},
     {"cli"},

@@ -1,0 +1,44 @@
+"""Which networks can be pruned: those whose every module is what their architecture builds."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from slimnas.errors import PruneError
+from slimnas.nn.build import Network, build
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuse a network with other modules or tensors than its architecture has.
+
+    A foreign module would be lost or cut wrongly, since surgery knows the declared ones only.
+
+    Raises:
+        PruneError: not a network of slimnas, or the path and type of the first module that differs.
+    """
+    if not isinstance(network, Network):
+        raise PruneError(
+            f"{type(network).__name__}: must be a network that slimnas built, which pruning knows "
+            "the units of; convert a timm model with slimnas.convert.from_timm first"
+        )
+    architecture = network.architecture
+    with torch.device("meta"):  # structure only
+        reference = build(architecture)
+    expected = dict(reference.named_modules())
+    given = dict(network.named_modules())
+    for path, module in given.items():
+        if path not in expected or type(module) is not type(expected[path]):
+            has = type(expected[path]).__name__ if path in expected else "nothing"
+            raise PruneError(
+                f"{path}: {type(module).__name__} cannot be pruned, {architecture.name} has "
+                f"{has} there; prune a network as built, before it is folded or changed"
+            )
+    shapes = {name: tuple(value.shape) for name, value in reference.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    for name in [*found, *shapes]:
+        if found.get(name) != shapes.get(name):
+            raise PruneError(
+                f"{name}: has shape {found.get(name)}, {architecture.name} has "
+                f"{shapes.get(name)}; prune a network as built, before it is folded or changed"
+            )
