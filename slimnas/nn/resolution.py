@@ -1,18 +1,23 @@
-"""Moving weights to another input size: only attention biases depend on it."""
+"""Moving weights to another input size: what depends on it is listed in `RESIZERS`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
+import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor
 
 from slimnas.arch.architecture import Architecture
+from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import MB3D
+from slimnas.arch.vit import ViTStem
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import WeightsError
 
-BIAS_NAME = "token_mixer.attention_biases"
+Resizer = Callable[[Tensor, Component, Component], Tensor]
+"""(tensor, component it is for, component it is wanted for) -> tensor for the latter."""
 
 
 def resize_attention_bias(
@@ -51,30 +56,81 @@ def resize_attention_bias(
     return kept.flatten(1).to(table.dtype)
 
 
+def resize_position_embedding(
+    embedding: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Tensor:
+    """Resize a ViT's position embedding to another grid of patches, as timm does.
+
+    Bicubic with antialiasing; the embeddings of the extra tokens in front stay.
+
+    Args:
+        embedding: (1, extra + rows * columns, C) for `grid` = (rows, columns).
+        grid: the grid the embedding is for.
+        new_grid: the grid it is wanted for.
+
+    Returns:
+        (1, extra + new rows * new columns, C), in the embedding's dtype; `embedding` itself for
+        the same grid.
+
+    Raises:
+        WeightsError: the embedding is too short for `grid`.
+    """
+    rows, columns = grid
+    patches = rows * columns
+    if embedding.dim() != 3 or embedding.shape[1] < patches:
+        raise WeightsError(
+            f"a position embedding of a {rows}x{columns} grid must be (1, {patches} and the extra "
+            f"tokens, width), got {tuple(embedding.shape)}"
+        )
+    if new_grid == grid:
+        return embedding
+    extra, learned = embedding[:, :-patches], embedding[:, -patches:]
+    picture = learned.float().transpose(1, 2).reshape(1, -1, rows, columns)
+    resized = F.interpolate(picture, size=new_grid, mode="bicubic", antialias=True)
+    return torch.cat([extra, resized.flatten(2).transpose(1, 2).to(embedding.dtype)], dim=1)
+
+
+def _attention_bias(table: Tensor, before: Component, after: Component) -> Tensor:
+    grid, new_grid = (before.input.height, before.input.width), after.input
+    return resize_attention_bias(table, grid, (new_grid.height, new_grid.width))
+
+
+def _position_embedding(embedding: Tensor, before: Component, after: Component) -> Tensor:
+    grid, new_grid = (before.output.height, before.output.width), after.output
+    return resize_position_embedding(embedding, grid, (new_grid.height, new_grid.width))
+
+
+RESIZERS: Mapping[type[Spec], tuple[str, Resizer]] = MappingProxyType(
+    {
+        MB3D: ("token_mixer.attention_biases", _attention_bias),
+        ViTStem: ("pos_embed", _position_embedding),
+    }
+)
+"""Component -> its tensor whose shape depends on the input size, and how to resize that."""
+
+
 def adapt_state_dict(
     state: Mapping[str, Tensor], *, source: Architecture, target: Architecture
 ) -> dict[str, Tensor]:
     """Return the weights of `source` for `target`, the same network at another resolution.
 
-    Attention biases are resized by `resize_attention_bias`, everything else is shared.
+    Attention biases and position embeddings are resized, everything else is shared.
 
     Raises:
-        WeightsError: the two differ in more than their input, or a bias is missing.
+        WeightsError: the two differ in more than their input, or a tensor to resize is missing.
     """
-    if source.with_resolution(1) != target.with_resolution(1):
+    if source.with_resolution(target.input.resolution) != target:
         raise WeightsError(
             f"weights of {source.name} cannot move to {target.name}: the two must differ in "
             "input resolution only"
         )
     adapted = dict(state)
     for before, after in zip(walk(source), walk(target), strict=True):
-        if isinstance(before.spec, MB3D):
-            name = f"{before.name}.{BIAS_NAME}"
-            if name not in state:
-                raise WeightsError(f"weights of {source.name}: {name} is missing")
-            adapted[name] = resize_attention_bias(state[name], _grid(before), _grid(after))
+        resizer = RESIZERS.get(type(before.spec))
+        if resizer is None:
+            continue
+        name = f"{before.name}.{resizer[0]}"
+        if name not in state:
+            raise WeightsError(f"weights of {source.name}: {name} is missing")
+        adapted[name] = resizer[1](state[name], before, after)
     return adapted
-
-
-def _grid(component: Component) -> tuple[int, int]:
-    return component.input.height, component.input.width
