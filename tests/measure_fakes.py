@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from slimnas.arch.space import SearchSpace
 from slimnas.arch.walk import component_cost
-from slimnas.measure.plan import Parts
+from slimnas.measure.scope import Parts
 from slimnas.measure.timing import Call, Clocks
 
 CALL_MS = 0.004

@@ -27,7 +27,7 @@ COMMANDS = {
     "slimnas space validate": "--json FILES",
     "slimnas latency": "",
     "slimnas latency build": (
-        "--backend --clock --device --force --json --output --rounds --seed --space --threads"
+        "--backend --clock --device --force --json --model --output --rounds --seed --space --threads"
     ),
     "slimnas latency list": "--json",
     "slimnas latency show": "--json --rows DEVICE",

@@ -31,7 +31,7 @@ from slimnas.latency.spaces import space_components
 from slimnas.measure import build as build_module
 from slimnas.measure.build import JOURNAL_FILE, SAMPLES_FILE, BuildJob, BuiltTable, build_table
 from slimnas.measure.networks import Chain, network_and_input
-from slimnas.measure.plan import Parts
+from slimnas.measure.scope import Parts, SpaceScope
 from slimnas.measure.timing import Call, Protocol
 from slimnas.nn.build import build
 from slimnas.nn.seeding import seeded
@@ -40,7 +40,7 @@ QUICK = Protocol(rounds=2, passes=2, visit_ms=0.5, sample_ms=0.1)
 
 
 def job(folder: Path, **changes: object) -> BuildJob:
-    plain = BuildJob(folder, small_space(), QUICK, calibration=2, held_out=4)
+    plain = BuildJob(folder, SpaceScope(small_space()), QUICK, calibration=2, held_out=4)
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 

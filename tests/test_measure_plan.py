@@ -13,7 +13,8 @@ from slimnas.arch.walk import walk
 from slimnas.latency import DeviceInfo, LatencyTable, PriceRow, missing_components, price_key
 from slimnas.latency.spaces import space_components
 from slimnas.latency.table import RuntimeInfo
-from slimnas.measure.plan import WIDTH_RATIO, knots, make_plan
+from slimnas.measure.plan import make_plan
+from slimnas.measure.scope import WIDTH_RATIO, SpaceScope, knots
 
 DEVICE = DeviceInfo(
     name="fake",
@@ -49,7 +50,7 @@ def count_keys(space: SearchSpace) -> int:
 )
 def test_planned_rows_price_the_whole_space(name: str, entries: int) -> None:
     space = SearchSpace.load(name)
-    plan = make_plan(space)
+    plan = make_plan(SpaceScope(space))
     rows = [PriceRow(entry.key, 1.0, 0.0, 1, "measured") for entry in plan.components if entry.key]
     table = LatencyTable(DEVICE, tuple(rows))
     assert len(rows) == len(plan.components) == entries
@@ -67,7 +68,7 @@ def test_terms_of_additive_networks_add_up_to_the_component() -> None:
     space = SearchSpace.load("efficientformer_tiny")
     prices = {price_key(part): part_ms(part) for part in space_components(space)}
     seen: dict[str, int] = {}
-    for entry in make_plan(space, chains=(2, 5)).components:
+    for entry in make_plan(SpaceScope(space), chains=(2, 5)).components:
         assert entry.key is not None
         if entry.key not in prices:  # a narrowing downsample, a head of 2 classes
             assert entry.key.width_in > entry.key.width_out
@@ -79,7 +80,7 @@ def test_terms_of_additive_networks_add_up_to_the_component() -> None:
 
 
 def test_neighbours_stand_in_execution_order() -> None:
-    for entry in make_plan(SearchSpace.load("efficientformer_tiny")).components:
+    for entry in make_plan(SpaceScope(SearchSpace.load("efficientformer_tiny"))).components:
         for term in entry.terms:
             for one, following in pairwise(term.parts):
                 assert one.output == following.input
@@ -87,13 +88,16 @@ def test_neighbours_stand_in_execution_order() -> None:
 
 def test_networks_differ_and_follow_the_seed() -> None:
     space = SearchSpace.load("efficientformer_tiny")
-    plan = make_plan(space, calibration=3, held_out=5, seed=4)
+    plan = make_plan(SpaceScope(space), calibration=3, held_out=5, seed=4)
     digests = [one.digest for one in (*plan.calibration, *plan.held_out)]
     assert len(plan.calibration) == 3
     assert len(set(digests)) == 8
-    again = make_plan(space, calibration=3, held_out=5, seed=4)
+    again = make_plan(SpaceScope(space), calibration=3, held_out=5, seed=4)
     assert again == plan
-    assert make_plan(space, seed=5).held_out != make_plan(space, seed=4).held_out
+    assert (
+        make_plan(SpaceScope(space), seed=5).held_out
+        != make_plan(SpaceScope(space), seed=4).held_out
+    )
     assert len({entry.name for entry in plan.entries}) == len(plan.entries)
 
 

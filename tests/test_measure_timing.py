@@ -14,10 +14,11 @@ from slimnas.errors import LatencyTableError
 from slimnas.measure.journal import Visit
 from slimnas.measure.plan import Entry, make_plan
 from slimnas.measure.results import Timing, timings
+from slimnas.measure.scope import SpaceScope
 from slimnas.measure.timing import Call, Protocol, Round, Stopwatch
 
 PROTOCOL = Protocol(rounds=5, visit_ms=2.0)
-PLAN = make_plan(small_space())
+PLAN = make_plan(SpaceScope(small_space()))
 BLOCK = next(entry for entry in PLAN.components if entry.key and entry.key.component == "block")
 
 

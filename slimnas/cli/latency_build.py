@@ -14,6 +14,10 @@ from slimnas.cli.output import JsonOption, note, print_json, shown_path
 
 if TYPE_CHECKING:
     from slimnas.measure.build import BuiltTable, Progress
+    from slimnas.measure.scope import Scope
+
+
+DEFAULT_SPACE = "efficientformer_tiny"
 
 
 class Backend(str, Enum):
@@ -34,8 +38,16 @@ def build(
     device: Annotated[str, typer.Option(help="Name for this machine's table.")] = "local",
     backend: Annotated[Backend, typer.Option(help="Inference runtime.")] = Backend.ONNXRUNTIME,
     space: Annotated[
-        str, typer.Option(help="Search space to cover: a shipped name or a .yaml file.")
-    ] = "efficientformer_tiny",
+        str | None,
+        typer.Option(
+            help="Search space to cover: a shipped name or a .yaml file.",
+            show_default=DEFAULT_SPACE,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Cover all that this zoo name or file can be pruned to, not a space."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The table's folder; else lookup_tables/DEVICE.")
     ] = None,
@@ -52,9 +64,10 @@ def build(
 
     Interrupted, even killed, the same command goes on where it stopped.
 
+    For search, cover a space; to prune a model, cover the model.
+
     Example: slimnas latency build --device local --backend onnxruntime
     """
-    from slimnas.arch.space import SearchSpace
     from slimnas.latency.devices import table_folders
     from slimnas.measure.build import BuildJob, build_table
     from slimnas.measure.machine import load_average, this_machine
@@ -63,7 +76,7 @@ def build(
 
     job = BuildJob(
         output=output or table_folders()[0] / device,
-        space=SearchSpace.load(space),
+        scope=_scope(space, model),
         protocol=Protocol(clock=clock.value, rounds=rounds, seed=seed),
         force=force,
     )
@@ -84,6 +97,19 @@ def build(
         print_json(_summary(built))
     else:
         _print_table(built)
+
+
+def _scope(space: str | None, model: str | None) -> Scope:
+    from slimnas.arch.space import SearchSpace
+    from slimnas.measure.model_scope import ModelScope
+    from slimnas.measure.scope import SpaceScope
+    from slimnas.zoo.registry import get
+
+    if model is None:
+        return SpaceScope(SearchSpace.load(space or DEFAULT_SPACE))
+    if space is not None:
+        raise typer.BadParameter("give --space or --model, not both", param_hint="'--model'")
+    return ModelScope(get(model).architecture)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
-"""Measures the latency table of a search space on this machine, resumably."""
+"""Measures the latency table of a search space or model on this machine, resumably."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from typing import Any
 from slimnas import __version__
 from slimnas._files import atomic_write_bytes
 from slimnas._lock import folder_lock
-from slimnas.arch.space import SearchSpace
 from slimnas.errors import LatencyTableError
 from slimnas.latency.devices import known_devices
 from slimnas.latency.table import DEVICE_FILE, DeviceInfo, LatencyTable, RuntimeInfo
@@ -25,6 +23,7 @@ from slimnas.measure.machine import load_average, this_machine
 from slimnas.measure.networks import Loader, runtime_loader
 from slimnas.measure.plan import Entry, Plan, make_plan
 from slimnas.measure.results import Check, Timing, make_table, timings
+from slimnas.measure.scope import Scope
 from slimnas.measure.timing import BUSY, Clocks, Protocol, Round, Stopwatch
 from slimnas.runtimes.base import Runtime
 
@@ -42,7 +41,7 @@ class BuildJob:
 
     Attributes:
         output: the table's folder; its name is the device's.
-        space: whose components to price, at its deployment resolution.
+        scope: the networks to price, at their deployment resolution.
         protocol: how.
         batch: images per call.
         calibration: random networks that the overhead is fitted to.
@@ -51,7 +50,7 @@ class BuildJob:
     """
 
     output: Path
-    space: SearchSpace
+    scope: Scope
     protocol: Protocol = field(default_factory=Protocol)
     batch: int = 1
     calibration: int = 4
@@ -109,7 +108,7 @@ def build_table(
     loader = loader or runtime_loader(runtime, batch=job.batch)
     clocks = clocks or Clocks()
     plan = make_plan(
-        job.space,
+        job.scope,
         chains=job.protocol.chains,
         calibration=job.calibration,
         held_out=job.held_out,
@@ -226,10 +225,9 @@ def _refuse_taken(job: BuildJob) -> None:
 def _header(job: BuildJob, runtime: Runtime) -> dict[str, Any]:
     """Everything that must agree before visits may be mixed."""
     machine = this_machine()
-    space = hashlib.sha256(job.space.to_yaml().encode()).hexdigest()
     return {
         "tool_version": __version__,
-        "space": {"name": job.space.name, "sha256": space},
+        **job.scope.identity,
         "runtime": {
             "name": runtime.name,
             "version": runtime.version,
@@ -256,7 +254,7 @@ def _device(
     pace_ms = median(one.pace for one in rounds if one.accepted)
     load = load_average()
     notes = [
-        f"space {job.space.name}: {len(plan.components)} components timed, widths between them "
+        f"{job.scope.title}: {len(plan.components)} components timed, widths between them "
         "are interpolated",
         f"overhead: mean excess of {len(plan.calibration)} whole networks over the sum of their "
         "components, not below one call",

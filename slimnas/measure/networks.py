@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from slimnas.measure.plan import Parts
+from slimnas.measure.scope import Parts
 from slimnas.measure.timing import Call
 from slimnas.nn.build import make_module
 from slimnas.nn.fold import fold
-from slimnas.nn.layout import layout_of, run_module, to_tokens
+from slimnas.nn.layout import layout_of, run_module
 from slimnas.nn.seeding import seeded
 from slimnas.runtimes.base import Runtime
 
@@ -52,9 +52,10 @@ def network_and_input(parts: Parts, batch: int, *, seed: int = 0) -> tuple[nn.Mo
             return nn.ReLU(), torch.randn(batch, 1, 1, 1)
         chain = Chain(parts)
         shape = parts[0].input
-        x = torch.randn(batch, shape.channels, shape.height, shape.width)
-    if layout_of(chain.modules_in_order[0]) == "tokens":
-        x = to_tokens(x).contiguous()
+        if layout_of(chain.modules_in_order[0]) == "tokens":
+            x = torch.randn(batch, shape.positions, shape.channels)
+        else:
+            x = torch.randn(batch, shape.channels, shape.height, shape.width)
     return fold(chain), x
 
 

@@ -116,7 +116,7 @@ def make_table(
     checks = _checks(plan.held_out, table, found)
     stated = device.model_copy(
         update={
-            "errors": (_figure(checks),) if checks else (),
+            "errors": (_figure(checks, plan.sample),) if checks else (),
             "interval": _interval(checks),
             "notes": (*device.notes, *_lost(plan, found)),
         }
@@ -162,7 +162,7 @@ def _checks(
     )
 
 
-def _figure(checks: Sequence[Check]) -> ErrorFigure:
+def _figure(checks: Sequence[Check], sample: str) -> ErrorFigure:
     errors = [100 * check.error for check in checks]
     predicted = [check.predicted_ms for check in checks]
     measured = [check.measured_ms for check in checks]
@@ -170,7 +170,7 @@ def _figure(checks: Sequence[Check]) -> ErrorFigure:
     if len(set(predicted)) > 1 and len(set(measured)) > 1:
         spearman = round(float(stats.spearmanr(predicted, measured).statistic), 4)
     return ErrorFigure(
-        what="random networks of the space, measured whole and used for nothing else",
+        what=f"{sample}, measured whole and used for nothing else",
         networks=len(checks),
         mape_percent=round(fmean(abs(error) for error in errors), 3),
         bias_percent=round(fmean(errors), 3),
