@@ -22,7 +22,7 @@ from slimnas.arch import swin as specs
 from slimnas.arch.documents import Spec
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.walk import Component
-from slimnas.errors import InputSizeError
+from slimnas.errors import InputSizeError, WeightsError
 from slimnas.nn.efficientformer import FFN, LINEAR_INIT_STD, initialised
 from slimnas.nn.layout import Layout, is_tracing, to_tokens
 from slimnas.nn.makers import Maker
@@ -314,6 +314,44 @@ def relative_position_index(rows: int, columns: int) -> Tensor:
     x = torch.arange(columns).repeat(rows)
     down, right = y[:, None] - y + rows - 1, x[:, None] - x + columns - 1
     return down * (2 * columns - 1) + right
+
+
+def resize_relative_position_table(
+    table: Tensor, size: tuple[int, int], new_size: tuple[int, int]
+) -> Tensor:
+    """Move a table of biases to windows of another size.
+
+    Along a side that shrinks, the offsets that remain keep their biases: the stages whose windows
+    stay whole keep theirs too. Along a side that grows, the table is resized bicubically with the
+    largest offsets mapped onto each other.
+
+    Args:
+        table: ((2h - 1) * (2w - 1), heads) for `size` = (h, w).
+        size: rows and columns of the windows the table is for.
+        new_size: rows and columns of the windows it is wanted for.
+
+    Returns:
+        The new table, in the table's dtype; `table` itself for the same size.
+
+    Raises:
+        WeightsError: the table is not one of `size`.
+    """
+    rows, columns = 2 * size[0] - 1, 2 * size[1] - 1
+    if table.dim() != 2 or table.shape[0] != rows * columns:
+        raise WeightsError(
+            f"a relative position table of {size[0]}x{size[1]} windows must be "
+            f"({rows * columns}, heads), got {tuple(table.shape)}"
+        )
+    if new_size == size:
+        return table
+    new_rows, new_columns = 2 * new_size[0] - 1, 2 * new_size[1] - 1
+    signed = table.T.reshape(1, -1, rows, columns)
+    top, left = max(0, size[0] - new_size[0]), max(0, size[1] - new_size[1])
+    kept = signed[:, :, top : rows - top, left : columns - left]
+    if kept.shape[2:] != (new_rows, new_columns):
+        wanted = (new_rows, new_columns)
+        kept = F.interpolate(kept.float(), size=wanted, mode="bicubic", align_corners=True)
+    return kept[0].flatten(1).T.to(table.dtype).contiguous()
 
 
 def _regions(length: int, size: int, shift: int) -> Tensor:
