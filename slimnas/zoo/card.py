@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import cost
+from slimnas.arch.efficientformer import MB4D
 from slimnas.zoo.metrics import Metrics
 
 
@@ -18,7 +19,7 @@ def model_card(architecture: Architecture, metrics: Metrics) -> str:
         f"- classes: {architecture.head.classes}",
         f"- stage widths: {', '.join(map(str, architecture.widths))}",
         f"- stage depths: {', '.join(map(str, architecture.depths))}, "
-        f"{architecture.count('mb3d')} of them attention blocks",
+        f"{_with_attention(architecture)} of them with attention",
         f"- parameters: {counted.params:,}",
         f"- multiply-adds for one image: {counted.macs:,}",
         f"- source: {architecture.provenance.get('source', 'not recorded')}",
@@ -38,6 +39,11 @@ def model_card(architecture: Architecture, metrics: Metrics) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _with_attention(architecture: Architecture) -> int:
+    blocks = [block for stage in architecture.stages for block in stage.blocks]
+    return sum(not isinstance(block, MB4D) and block.heads > 0 for block in blocks)
 
 
 def _plain(value: float) -> str:

@@ -58,14 +58,14 @@ def create_model(
 
     Args:
         name_or_path: what `slimnas.zoo.registry.get` finds.
-        features_only: leave the head out; the network gives one map per stage, strides 4, 8, 16
-            and 32.
+        features_only: leave the head out; the network gives one map per stage: strides 4, 8, 16
+            and 32, or of a ViT a single one, its stride the side of a patch.
         pretrained: True takes the entry's weights (for published models they are downloaded
-            from the Hugging Face hub), a path those of a file in slimnas's, timm's or the
-            official code's format, False none.
+            from the Hugging Face hub), a path those of a file in slimnas's, timm's, the
+            official code's or (ViT, DeiT, Swin) Hugging Face transformers' format, False none.
         classes: number of classes if another one is wanted; classifiers start afresh then.
         resolution: input side in pixels, or (height, width), if another one is wanted;
-            attention biases are interpolated then.
+            attention biases and position embeddings are interpolated then.
         zoo: the user's zoo; see `slimnas.zoo.registry.zoo_folder`.
         seed: seed of everything that is not loaded.
 
@@ -114,9 +114,10 @@ def find_weights(entry: Entry) -> Path:
             f"{entry.name}: no weights beside the architecture; give a weights file, or take it "
             "untrained"
         )
-    return download(*published)
+    return download(published["repository"], published["file"], sha256=published.get("sha256"))
 
 
-def _published(architecture: Architecture) -> tuple[str, str] | None:
-    weights = architecture.provenance.get("weights")
-    return (weights["repository"], weights["file"]) if weights else None
+def _published(architecture: Architecture) -> dict[str, str] | None:
+    """Where the weights of a published model are: repository, file and, if known, sha256."""
+    weights: dict[str, str] | None = architecture.provenance.get("weights")
+    return weights

@@ -12,6 +12,8 @@ from slimnas.errors import WeightsError
 from slimnas.nn.build import build
 
 BATCH_COUNTER = ".num_batches_tracked"
+SHOWN = 10
+"""Faults of one kind that are named; the rest are counted."""
 
 
 def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
@@ -34,25 +36,25 @@ def check_state(
     expected = expected_shapes(architecture)
     missing = [name for name in expected if name not in state and BATCH_COUNTER not in name]
     unknown = [name for name in state if name not in expected]
-    if missing or unknown:
-        faults = [_some("missing", missing), _some("unknown", unknown)]
+    misshapen = [
+        f"{name}: {architecture.name} needs shape {expected[name]}, got {tuple(tensor.shape)}"
+        for name, tensor in state.items()
+        if name in expected and tuple(tensor.shape) != expected[name]
+    ]
+    if missing or unknown or misshapen:
+        faults = [_some("missing ", missing), _some("unknown ", unknown), _some("", misshapen)]
         raise WeightsError(
             f"{source}: does not fit {architecture.name}: {'; '.join(filter(None, faults))}"
         )
     checked = {name: state.get(name, torch.zeros((), dtype=torch.int64)) for name in expected}
     for name, tensor in checked.items():
-        if tuple(tensor.shape) != expected[name]:
-            raise WeightsError(
-                f"{source}: {name}: {architecture.name} needs shape {expected[name]}, "
-                f"got {tuple(tensor.shape)}"
-            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{source}: {name}: holds values that are not finite")
     return checked
 
 
-def _some(what: str, names: Sequence[str]) -> str:
-    if not names:
+def _some(what: str, faults: Sequence[str]) -> str:
+    if not faults:
         return ""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what} {', '.join(names[:3])}{more}"
+    more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+    return f"{what}{', '.join(faults[:SHOWN])}{more}"

@@ -35,7 +35,9 @@ def save_weights(path: str | Path, state: Mapping[str, Tensor], architecture: Ar
 
 
 def load_weights(path: str | Path, architecture: Architecture) -> dict[str, Tensor]:
-    """Read the weights of `architecture` from a file of ours, of timm or of the official code.
+    """Read the weights of `architecture` from a file of ours or in a layout of others.
+
+    See `slimnas.zoo.convert`.
 
     Returns:
         Tensors on the CPU under the names of `build(architecture).state_dict()`.
