@@ -37,8 +37,9 @@ def check_network(network: nn.Module) -> None:
     shapes = {name: tuple(value.shape) for name, value in reference.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     for name in [*found, *shapes]:
-        if found.get(name) != shapes.get(name):
+        has, wanted = found.get(name, "not there"), shapes.get(name, "not there")
+        if has != wanted:
             raise PruneError(
-                f"{name}: has shape {found.get(name)}, {architecture.name} has "
-                f"{shapes.get(name)}; prune a network as built, before it is folded or changed"
+                f"{name}: must be {wanted} as in {architecture.name}, is {has}; prune a network as "
+                "built, before it is folded or changed"
             )
