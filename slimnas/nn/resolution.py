@@ -12,9 +12,11 @@ from torch import Tensor
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import MB3D
+from slimnas.arch.swin import SwinBlock
 from slimnas.arch.vit import ViTStem
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import WeightsError
+from slimnas.nn.swin import resize_relative_position_table
 
 Resizer = Callable[[Tensor, Component, Component], Tensor]
 """(tensor, component it is for, component it is wanted for) -> tensor for the latter."""
@@ -100,9 +102,16 @@ def _position_embedding(embedding: Tensor, before: Component, after: Component) 
     return resize_position_embedding(embedding, grid, (new_grid.height, new_grid.width))
 
 
+def _relative_positions(table: Tensor, before: Component, after: Component) -> Tensor:
+    assert isinstance(before.spec, SwinBlock)
+    window, new_window = before.spec.windows(before.input), before.spec.windows(after.input)
+    return resize_relative_position_table(table, window, new_window)
+
+
 RESIZERS: Mapping[type[Spec], tuple[str, Resizer]] = MappingProxyType(
     {
         MB3D: ("token_mixer.attention_biases", _attention_bias),
+        SwinBlock: ("attn.relative_position_bias_table", _relative_positions),
         ViTStem: ("pos_embed", _position_embedding),
     }
 )
@@ -127,7 +136,7 @@ def adapt_state_dict(
     adapted = dict(state)
     for before, after in zip(walk(source), walk(target), strict=True):
         resizer = RESIZERS.get(type(before.spec))
-        if resizer is None:
+        if resizer is None or (isinstance(before.spec, SwinBlock) and not before.spec.heads):
             continue
         name = f"{before.name}.{resizer[0]}"
         if name not in state:
