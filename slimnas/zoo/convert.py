@@ -13,14 +13,15 @@ from torch import Tensor
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import ConvStem
+from slimnas.arch.swin import SwinStem
 from slimnas.arch.vit import ViTStem
 from slimnas.errors import WeightsError
-from slimnas.zoo import keys_efficientformer, keys_vit
+from slimnas.zoo import keys_efficientformer, keys_swin, keys_vit
 from slimnas.zoo.keymap import KeyLayout, KeyMap
 from slimnas.zoo.state import check_state
 
 KEY_MAPS: Mapping[type[Spec], KeyMap] = MappingProxyType(
-    {ConvStem: keys_efficientformer.KEYS, ViTStem: keys_vit.KEYS}
+    {ConvStem: keys_efficientformer.KEYS, ViTStem: keys_vit.KEYS, SwinStem: keys_swin.KEYS}
 )
 """Stem -> names of its family; a new family adds its own line here."""
 

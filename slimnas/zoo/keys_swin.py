@@ -13,9 +13,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from slimnas.arch.architecture import Architecture
+from slimnas.zoo.keymap import KeyLayout, KeyMap
+
 _DERIVED = ("relative_position_index", "attn_mask")
-_MERGED_EARLY = "layers.0.downsample.reduction.weight"
-_HUGGING_FACE = "swin.embeddings.patch_embeddings.projection.weight"
+_FIRST_MERGING = "layers.0.downsample."
+_OURS = ("stem.", "stages.")
+_TIMM = ("patch_embed.", "layers.")
+_HUGGING_FACE = ("swin.embeddings.", "swin.encoder.")
 _WHOLE = (
     (r"patch_embed\.(proj|norm)\.", r"stem.\1."),
     (r"norm\.", "head.norm."),
@@ -37,23 +42,22 @@ _PARTS = (
 """Hugging Face's names inside a block, of transformers 4 (and the files on the hub) and of 5."""
 
 
-def is_swin(state: Mapping[str, Tensor]) -> bool:
-    """Whether `state` is a Swin's under timm's, the official or Hugging Face's names."""
-    if _HUGGING_FACE in state:
-        return True
-    return "patch_embed.proj.weight" in state and any(name.startswith("layers.") for name in state)
+def _detect(state: Mapping[str, Tensor]) -> KeyLayout | None:
+    if any(name.startswith(_OURS) for name in state):
+        return "slimnas"
+    if any(name.startswith(_HUGGING_FACE) for name in state):
+        return "huggingface"
+    if any(name.startswith(_TIMM) for name in state):
+        return "official" if any(name.startswith(_FIRST_MERGING) for name in state) else "timm"
+    return None
 
 
-def rename_swin(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give `state`, for which `is_swin` holds, our names; what is not known keeps its own.
-
-    Returns:
-        The same tensors, Hugging Face's queries, keys and values joined.
-    """
-    prefix = "swin.encoder." if _HUGGING_FACE in state else ""
-    late = prefix + _MERGED_EARLY in state
+def _rename(
+    state: Mapping[str, Tensor], architecture: Architecture, layout: KeyLayout
+) -> dict[str, Tensor]:
+    del architecture  # the names tell everything
     renamed = {
-        _our_name(name.removeprefix("swin.encoder."), late=late): tensor
+        _our_name(name.removeprefix("swin.encoder."), late=layout != "timm"): tensor
         for name, tensor in state.items()
         if not name.endswith(_DERIVED)
     }
@@ -90,3 +94,9 @@ def _with_joined_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 for part in three:
                     del joined[part]
     return joined
+
+
+KEYS = KeyMap(
+    "Swin", "slimnas, timm, the official code or Hugging Face transformers", _detect, _rename
+)
+"""The conversion of this family; `slimnas.zoo.convert` joins the families."""
