@@ -24,6 +24,8 @@ class Backend(str, Enum):
     """Runtimes a table can be measured with."""
 
     ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
+    EXECUTORCH = "executorch"
     TORCH = "torch"
 
 

@@ -27,6 +27,8 @@ class Format(str, Enum):
     """File formats a model can be exported to."""
 
     ONNX = "onnx"
+    OPENVINO = "openvino"
+    EXECUTORCH = "executorch"
 
 
 @app.command("list")
@@ -119,7 +121,9 @@ def export(
     pretrained = False if untrained else weights or True
     network = create_model(model, pretrained=pretrained, zoo=zoo, seed=seed)
     path = output or _export_path(entry, file_format)
-    difference = export_network(network, path, dynamic_batch=dynamic_batch, seed=seed)
+    difference = export_network(
+        network, path, format=file_format.value, dynamic_batch=dynamic_batch, seed=seed
+    )
     if as_json:
         print_json(
             {
@@ -135,7 +139,9 @@ def export(
 
 
 def _export_path(entry: Entry, file_format: Format) -> Path:
-    file = f"{entry.name}.{file_format.value}"
+    from slimnas.zoo.export import FILE_SUFFIXES
+
+    file = f"{entry.name}{FILE_SUFFIXES[file_format.value]}"
     return Path(file) if entry.folder is None else entry.folder / "exports" / file
 
 

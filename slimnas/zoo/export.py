@@ -8,28 +8,39 @@ import torch
 
 from slimnas.nn.build import Network
 from slimnas.nn.fold import fold
-from slimnas.runtimes.onnx_export import export_onnx
+from slimnas.runtimes.registry import get_exporter
+
+FILE_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte"}
+"""How the files of each format end."""
 
 
 def export_network(
-    network: Network, path: str | Path, *, dynamic_batch: bool = False, seed: int = 0
+    network: Network,
+    path: str | Path,
+    *,
+    format: str = "onnx",
+    dynamic_batch: bool = False,
+    seed: int = 0,
 ) -> float:
-    """Fold `network` and write it as ONNX, checked in ONNX Runtime against the unfolded network.
+    """Fold `network` and write it for a runtime, which first has to give the network's logits.
 
     Args:
         network: the network; it is not changed.
-        path: the file to write, whole or not at all.
-        dynamic_batch: let the file take any batch size instead of one image.
+        path: the file to write, whole or not at all; openvino's weights go beside it.
+        format: "onnx" (checked in ONNX Runtime), "openvino" or "executorch" (XNNPACK).
+        dynamic_batch: let the file take any batch size instead of one image; not in executorch.
         seed: seed of the random image the outputs are compared on.
 
     Returns:
-        The largest absolute difference between ONNX Runtime's and PyTorch's logits.
+        The largest absolute difference between the runtime's and PyTorch's logits.
 
     Raises:
-        ExportError: the file would not compute what the network computes.
+        ExportError: the file would not compute what the network computes, or no such format.
+        RuntimeUnavailableError: the runtime is not installed.
         RunFolderError: the place cannot be written.
     """
+    export = get_exporter(format)
     shape = network.architecture.input.shape
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(1, shape.channels, shape.height, shape.width, generator=generator)
-    return export_onnx(fold(network), image, path, reference=network, dynamic_batch=dynamic_batch)
+    return export(fold(network), image, path, reference=network, dynamic_batch=dynamic_batch)
