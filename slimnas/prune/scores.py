@@ -55,7 +55,7 @@ class ScoresHeader:
     """What scores are for, and how they came about.
 
     Attributes:
-        criterion: one of `slimnas.prune.criteria.CRITERIA`.
+        criterion: one of `slimnas.prune.taylor.CRITERIA`.
         architecture: digest of the architecture.
         weights: digest of the weights.
         data: digest of images and labels in their order; empty if none were needed.
