@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from slimnas import convert
     from slimnas.arch.architecture import Architecture
     from slimnas.arch.cost import cost
     from slimnas.arch.space import SearchSpace, Selection
@@ -53,6 +54,7 @@ __all__ = [
     "Supernet",
     "build",
     "build_features",
+    "convert",
     "cost",
     "create_model",
     "estimate",
@@ -63,7 +65,12 @@ __all__ = [
 ]
 
 
+_MODULES = ("convert",)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -38,6 +38,10 @@ class WeightsError(SlimnasError):
     """Raised when weights or a checkpoint are unreadable or do not fit the architecture."""
 
 
+class UnsupportedModuleError(SlimnasError):
+    """Raised when a foreign network has a module that no slimnas architecture describes."""
+
+
 class InputSizeError(SlimnasError):
     """Raised when a network gets images of another shape than it was built for."""
 

@@ -19,7 +19,7 @@ LEVELS = (
     {"nn"},
     {"data", "runtimes"},
     {"measure", "zoo"},
-    {"train"},
+    {"convert", "train"},
     {"supernet", "prune"},
     {"search"},
     {"report"},
@@ -109,10 +109,10 @@ def test_pricing_a_network_imports_no_torch() -> None:
 def test_public_names_are_what_they_say() -> None:
     import slimnas
 
-    assert len(slimnas.__all__) == 15
+    assert len(slimnas.__all__) == 16
     assert slimnas.__all__ == sorted(slimnas.__all__)
     for name in slimnas.__all__:
-        assert getattr(slimnas, name).__name__ == name
+        assert getattr(slimnas, name).__name__.removeprefix("slimnas.") == name
         assert name in dir(slimnas)
     with pytest.raises(AttributeError, match="no attribute 'current_architecture'"):
         _ = slimnas.current_architecture
