@@ -6,8 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from slimnas.arch.architecture import Architecture
 from slimnas.arch.space import SearchSpace
-from slimnas.arch.walk import component_cost
+from slimnas.arch.walk import Component, component_cost
+from slimnas.latency import price_parts
 from slimnas.measure.scope import Parts
 from slimnas.measure.timing import Call, Clocks
 
@@ -26,6 +28,52 @@ stages:
 head: {type: linear, classes: 10}
 """
 
+SMALL_MODELS = {
+    "vit": """\
+schema: slimnas/architecture/1
+name: small_vit
+input: {resolution: 32}
+stem: {type: vit_stem, width: 24, patch: 8}
+stages:
+- width: 24
+  blocks: [{type: vit, heads: 3, qk_dim: 8, v_dim: 8, repeat: 2}]
+head: {type: token, classes: 10}
+""",
+    "swin": """\
+schema: slimnas/architecture/1
+name: small_swin
+input: {resolution: 32}
+stem: {type: swin_stem, width: 16}
+stages:
+- width: 16
+  blocks:
+  - {type: swin, heads: 2, qk_dim: 8, v_dim: 8, window: 4, shift: 0}
+  - {type: swin, heads: 2, qk_dim: 8, v_dim: 8, window: 4, shift: 2}
+- width: 32
+  downsample: {type: patch_merging}
+  blocks:
+  - {type: swin, heads: 4, qk_dim: 8, v_dim: 8, window: 4, shift: 0}
+  - {type: swin, heads: 4, qk_dim: 8, v_dim: 8, window: 4, shift: 2}
+head: {type: linear, classes: 10}
+""",
+    "efficientformer": """\
+schema: slimnas/architecture/1
+name: small_efficientformer
+input: {resolution: 32}
+stem: {type: conv_stem, width: 16}
+stages:
+- {width: 16, blocks: [{type: mb4d, repeat: 2}]}
+- width: 32
+  downsample: {type: conv3x3}
+  blocks: [{type: mb4d}, {type: mb3d, heads: 2, qk_dim: 8, v_dim: 16, repeat: 2}]
+head: {type: linear, classes: 10, distilled: true}
+""",
+}
+
+
+def small_model(family: str) -> Architecture:
+    return Architecture.from_yaml(SMALL_MODELS[family])
+
 
 def small_space() -> SearchSpace:
     return SearchSpace.from_yaml(SMALL_SPACE)
@@ -36,8 +84,9 @@ def cost_ms(parts: Parts) -> float:
     return CALL_MS + sum(part_ms(part) for part in parts)
 
 
-def part_ms(part: object) -> float:
-    return 0.003 + component_cost(part).macs / 20e6  # type: ignore[arg-type]
+def part_ms(component: Component) -> float:
+    """A fixed part and a share of its MACs, for each sub-layer of a ViT or Swin block."""
+    return sum(0.003 + component_cost(part).macs / 20e6 for part in price_parts(component))
 
 
 @dataclass

@@ -37,8 +37,10 @@ class Chain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map the first component's input to the last one's output."""
         for module, part in zip(self.modules_in_order, self.parts, strict=True):
-            # A head takes maps and tokens: its own conversion is part of what it costs.
-            x = module(x) if part.kind == "head" else run_module(module, x, part.input)
+            # A stem takes images whatever it gives. A head takes maps and tokens: its own
+            # conversion is part of what it costs.
+            itself = part.kind in ("stem", "head")
+            x = module(x) if itself else run_module(module, x, part.input)
         return x
 
 
@@ -52,7 +54,8 @@ def network_and_input(parts: Parts, batch: int, *, seed: int = 0) -> tuple[nn.Mo
             return nn.ReLU(), torch.randn(batch, 1, 1, 1)
         chain = Chain(parts)
         shape = parts[0].input
-        if layout_of(chain.modules_in_order[0]) == "tokens":
+        takes_tokens = layout_of(chain.modules_in_order[0]) == "tokens"
+        if takes_tokens and parts[0].kind != "stem":
             x = torch.randn(batch, shape.positions, shape.channels)
         else:
             x = torch.randn(batch, shape.channels, shape.height, shape.width)
