@@ -14,6 +14,7 @@ from slimnas.errors import UnsupportedModuleError
 from slimnas.nn.build import Network, build
 from slimnas.zoo.convert import convert_state_dict
 from slimnas.zoo.timm_efficientformer import describe_efficientformer
+from slimnas.zoo.timm_swin import describe_swin
 from slimnas.zoo.timm_vit import describe_vit
 
 Describe = Callable[[nn.Module], dict[str, Any]]
@@ -22,6 +23,7 @@ FAMILIES: Mapping[str, Describe] = MappingProxyType(
     {
         "VisionTransformer": describe_vit,
         "VisionTransformerDistilled": describe_vit,
+        "SwinTransformer": describe_swin,
         "EfficientFormer": describe_efficientformer,
     }
 )
