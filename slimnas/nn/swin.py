@@ -84,8 +84,10 @@ class Windows:
         across = wide // self.size[1]
         x = windows.reshape(-1, across, self.size[0], self.size[1] * width).transpose(1, 2)
         x = x.reshape(-1, high, wide, width)
-        if self.padded != self.grid:
-            x = x[:, :rows, :columns]
+        if high != rows:
+            x = x.narrow(1, 0, rows)
+        if wide != columns:
+            x = x.narrow(2, 0, columns)
         if any(self.shift):
             x = torch.roll(x, self.shift, dims=(1, 2))
         return x.reshape(-1, rows * columns, width)
