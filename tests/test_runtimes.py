@@ -1,46 +1,105 @@
-"""Runtimes give PyTorch's numbers; exported files are checked before they are written."""
+"""Runtimes give PyTorch's numbers; exported files are checked before they are written.
+
+The contract runs over every runtime whose library is installed; `.[test]` lacks only ExecuTorch.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
 
 from slimnas.arch.architecture import Architecture
-from slimnas.errors import ExportError, RuntimeUnavailableError
+from slimnas.errors import ExportError, RunFolderError, RuntimeUnavailableError
 from slimnas.nn.build import Network, build
 from slimnas.nn.efficientformer import MB4D
 from slimnas.nn.fold import fold
 from slimnas.runtimes.onnx_export import export_onnx
-from slimnas.runtimes.registry import RUNTIMES, get_runtime
+from slimnas.runtimes.registry import EXPORTERS, RUNTIMES, get_exporter, get_runtime
 from slimnas.runtimes.torch_runtime import TorchRuntime
+from slimnas.zoo.export import FILE_SUFFIXES, export_network
+
+INSTALLED = [name for name in RUNTIMES if importlib.util.find_spec(name)]
+ALL = [
+    pytest.param(name, marks=pytest.mark.skipif(name not in INSTALLED, reason=f"no {name} here"))
+    for name in RUNTIMES
+]
+BESIDES_ONNX = [  # formats that are called like their runtimes
+    pytest.param(name, marks=pytest.mark.skipif(name not in INSTALLED, reason=f"no {name} here"))
+    for name in EXPORTERS
+    if name != "onnx"
+]
+ATTENTION = {"type": "mb3d", "heads": 2, "qk_dim": 4, "v_dim": 6}
+VIT = {
+    "input": {"resolution": [32, 24]},
+    "stem": {"type": "vit_stem", "width": 24, "patch": 8, "distilled": True},
+    "stages": [
+        {
+            "width": 24,
+            "blocks": [
+                {"type": "vit", "heads": 3, "qk_dim": 4, "v_dim": 7, "ffn_dim": 31},
+                {"type": "vit", "heads": 0, "qk_dim": 0, "v_dim": 0, "ffn_dim": 9},
+                {"type": "vit", "heads": 1, "qk_dim": 5, "v_dim": 2, "ffn_dim": 0},
+            ],
+        }
+    ],
+    "head": {"type": "token", "classes": 5, "distilled": True},
+}
+SHIFTED = {"type": "swin", "window": 4, "shift": 2}
+SWIN = {
+    "input": {"resolution": [40, 24]},
+    "stem": {"type": "swin_stem", "width": 12, "patch": 4},
+    "stages": [
+        {
+            "width": 12,
+            "blocks": [
+                {**SHIFTED, "shift": 0, "heads": 3, "qk_dim": 2, "v_dim": 5, "ffn_dim": 7},
+                {**SHIFTED, "heads": 2, "qk_dim": 4, "v_dim": 1, "ffn_dim": 0},
+            ],
+        },
+        {
+            "width": 24,
+            "downsample": {"type": "patch_merging"},
+            "blocks": [
+                {**SHIFTED, "heads": 0, "qk_dim": 0, "v_dim": 0, "ffn_dim": 9},
+                {**SHIFTED, "shift": 1, "heads": 1, "qk_dim": 3, "v_dim": 8, "ffn_dim": 5},
+            ],
+        },
+    ],
+    "head": {"type": "linear", "classes": 5},
+}
+MIXED = {
+    "stem": {"type": "conv_stem", "width": 8},
+    "stages": [
+        {"width": 8, "blocks": [{"type": "mb4d"}, ATTENTION]},
+        {
+            "width": 12,
+            "downsample": {"type": "conv3x3"},
+            "blocks": [ATTENTION, {"type": "mb4d"}, ATTENTION],
+        },
+    ],
+    "head": {"type": "linear", "classes": 5, "distilled": True},
+}
 
 
 def mixed_network(resolution: tuple[int, int] = (64, 96)) -> Network:
-    """A small network with every layout change, weights away from their starts."""
-    attention = {"type": "mb3d", "heads": 2, "qk_dim": 4, "v_dim": 6}
-    architecture = Architecture.from_dict(
-        {
-            "schema": "slimnas/architecture/1",
-            "name": "mixed",
-            "input": {"resolution": list(resolution)},
-            "stem": {"type": "conv_stem", "width": 8},
-            "stages": [
-                {"width": 8, "blocks": [{"type": "mb4d"}, attention]},
-                {
-                    "width": 12,
-                    "downsample": {"type": "conv3x3"},
-                    "blocks": [attention, {"type": "mb4d"}, attention],
-                },
-            ],
-            "head": {"type": "linear", "classes": 5, "distilled": True},
-        }
-    )
+    """A small EfficientFormer with every layout change."""
+    return network_of({"input": {"resolution": list(resolution)}, **MIXED})
+
+
+def network_of(body: dict[str, Any]) -> Network:
+    """The network, its weights away from their starts."""
+    document = {"schema": "slimnas/architecture/1", "name": "small", **body}
+    architecture = Architecture.from_dict(document)
     network = build(architecture)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -63,7 +122,18 @@ def logits(network: Network, x: Tensor) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("name", sorted(RUNTIMES))
+def image_of(network: Network, batch: int = 1) -> Tensor:
+    shape = network.architecture.input.shape
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, shape.channels, shape.height, shape.width, generator=generator)
+
+
+def test_several_runtimes_are_tested() -> None:
+    assert {"torch", "onnxruntime"} <= set(INSTALLED)
+    assert len(ALL) == len(RUNTIMES) == 4
+
+
+@pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("folded", [False, True])
 def test_runtime_gives_pytorchs_numbers(name: str, folded: bool) -> None:
     network = mixed_network()
@@ -78,13 +148,92 @@ def test_runtime_gives_pytorchs_numbers(name: str, folded: bool) -> None:
     assert runtime.version
 
 
-@pytest.mark.parametrize("name", sorted(RUNTIMES))
-def test_runtime_runs_one_block(name: str) -> None:
-    block = MB4D(width=6, ffn_dim=9)
-    x = torch.randn(1, 6, 8, 8)
-    got = get_runtime(name).load(block, x).run(x.numpy())
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("body", [pytest.param(VIT, id="vit"), pytest.param(SWIN, id="swin")])
+def test_runtime_gives_pytorchs_numbers_of_pruned_transformers(
+    name: str, batch: int, body: dict[str, Any]
+) -> None:
+    network = network_of(body)
+    x = image_of(network, batch)
+    session = get_runtime(name).load(fold(network), x)
+    expected = logits(network, x)
+    assert expected.shape == (batch, 5)
+    assert np.ptp(expected) > 0.5
+    np.testing.assert_allclose(session.run(x.numpy()), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_result_outlives_the_next_call(name: str) -> None:
+    block = MB4D(width=6, ffn_dim=9).eval()
+    first, second = torch.randn(2, 2, 6, 8, 8)
+    session = get_runtime(name).load(block, first)
+    got = [session.run(first.numpy()), session.run(second.numpy())]
     with torch.inference_mode():
-        np.testing.assert_allclose(got, block.eval()(x).numpy(), atol=1e-5)
+        for result, x in zip(got, (first, second), strict=True):
+            np.testing.assert_allclose(result, block(x).numpy(), atol=1e-5)
+
+
+class Work(nn.Module):
+    """Convolution, attention and layer norm, large enough to be worth several threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(64, 64, 3, padding=1)
+        self.norm = nn.LayerNorm(64)
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(self.conv(x).flatten(2).transpose(1, 2))
+        mixed = (tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+        out: Tensor = self.linear(mixed)
+        return out
+
+
+def busy_threads(session: Any, x: np.ndarray) -> int:
+    """How many of the process's threads the session's work is spread over.
+
+    Counted by CPU time, which other processes do not change: a thread counts from a tenth of the
+    whole on. 2 seconds of CPU time, as the system counts in hundredths.
+    """
+
+    def used() -> dict[int, float]:
+        return {t.id: t.user_time + t.system_time for t in psutil.Process().threads()}
+
+    session.run(x)
+    before = used()
+    while sum(used().values()) - sum(before.values()) < 2:
+        session.run(x)
+    spent = [seconds - before.get(thread, 0) for thread, seconds in used().items()]
+    return sum(seconds > 0.1 * sum(spent) for seconds in spent)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_threads_are_as_many_as_asked_for(name: str) -> None:
+    x = torch.randn(1, 64, 40, 40)
+    counted, was = {}, torch.get_num_threads()
+    try:
+        for threads in (2, 1) if (os.cpu_count() or 1) > 1 else (1,):
+            session = get_runtime(name, threads=threads).load(Work().eval(), x)
+            counted[threads] = busy_threads(session, x.numpy())
+            del session
+    finally:
+        torch.set_num_threads(was)
+    assert counted[1] == 1
+    assert counted.get(2, 2) == 2
+
+
+def test_executorch_keeps_one_number_of_threads_while_sessions_are_open() -> None:
+    pytest.importorskip("executorch")
+    x = torch.randn(1, 6, 8, 8)
+    block = MB4D(width=6, ffn_dim=9)
+    session = get_runtime("executorch", threads=1).load(block, x)
+    with pytest.raises(RuntimeUnavailableError, match=r"1 session\(s\) run on 1 thread.* for 2"):
+        get_runtime("executorch", threads=2).load(block, x)
+    session.run(x.numpy())
+    del session
+    get_runtime("executorch", threads=2).load(block, x).run(x.numpy())
 
 
 def test_loading_copies_the_module() -> None:
@@ -125,6 +274,21 @@ def test_a_runtime_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(RUNTIMES, "other", ("slimnas_no_such_module", "Other"))
     with pytest.raises(RuntimeUnavailableError, match=r"'other' is not installed .*pip install"):
         get_runtime("other")
+
+
+@pytest.mark.parametrize("name", ["openvino", "executorch"])
+def test_an_extra_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RUNTIMES, name, ("slimnas_no_such_module", "Other"))
+    monkeypatch.setitem(EXPORTERS, name, ("slimnas_no_such_module", "other"))
+    for get in (get_runtime, get_exporter):
+        with pytest.raises(RuntimeUnavailableError, match=rf"pip install 'slimnas\[{name}\]'$"):
+            get(name)
+
+
+def test_unknown_format() -> None:
+    with pytest.raises(ExportError, match=r"'openvin' \(did you mean 'openvino'\?\); known: onnx"):
+        get_exporter("openvin")
+    assert set(FILE_SUFFIXES) == set(EXPORTERS)
 
 
 def test_more_than_one_output_is_refused() -> None:
@@ -175,4 +339,90 @@ def test_an_operator_onnx_lacks(tmp_path: Path) -> None:
 
     with pytest.raises(ExportError, match=r"ONNX export failed: .*i1e"):
         export_onnx(Unknown(), torch.ones(1, 2), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", BESIDES_ONNX)
+def test_other_formats(name: str, tmp_path: Path) -> None:
+    network = network_of(VIT)
+    path = tmp_path / "deep" / f"net{FILE_SUFFIXES[name]}"
+    difference = export_network(network, path, format=name)
+    assert difference < 2e-5
+    assert network.training
+    files = {"openvino": {"net.xml", "net.bin"}, "executorch": {"net.pte"}}[name]
+    assert {file.name for file in path.parent.iterdir()} == files
+    x = image_of(network)
+    np.testing.assert_allclose(opened(name, path).run(x.numpy()), logits(network, x), atol=2e-5)
+    assert str(tmp_path) not in path.read_bytes().decode("utf-8", errors="ignore")
+
+
+def opened(name: str, path: Path) -> Any:
+    """The exported file in its runtime, as somebody without slimnas' modules would open it."""
+    if name == "executorch":
+        from slimnas.runtimes.executorch_runtime import ExecuTorchSession
+
+        return ExecuTorchSession(path.read_bytes(), threads=1)
+    import openvino
+
+    from slimnas.runtimes.openvino_runtime import OpenVinoSession
+
+    return OpenVinoSession(openvino.Core(), str(path), threads=1)
+
+
+@pytest.mark.parametrize("name", BESIDES_ONNX)
+def test_other_formats_that_disagree_are_not_written(name: str, tmp_path: Path) -> None:
+    network, other = mixed_network(), mixed_network()
+    with torch.no_grad():
+        other.head.head.bias.add_(0.1)
+    path = tmp_path / f"net{FILE_SUFFIXES[name]}"
+    with pytest.raises(ExportError, match=r"net\.\w+: (OpenVINO|ExecuTorch) differs .* by 0\.05"):
+        get_exporter(name)(fold(network), image(), path, reference=other)
+    assert not list(tmp_path.iterdir())
+
+
+def test_openvino_takes_any_batch(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    network = network_of(SWIN)
+    path = tmp_path / "net.xml"
+    export_network(network, path, format="openvino", dynamic_batch=True)
+    x = image_of(network, 3)
+    np.testing.assert_allclose(
+        opened("openvino", path).run(x.numpy()), logits(network, x), atol=2e-5
+    )
+
+
+def test_openvino_writes_both_files_or_neither(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    export = get_exporter("openvino")
+    with pytest.raises(ExportError, match=r"net\.onnx: an OpenVINO file must end in \.xml"):
+        export(fold(mixed_network()), image(), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
+    for blocked in ("a.xml", "b.bin"):
+        (tmp_path / blocked).mkdir()
+        with pytest.raises(ExportError, match=rf"{blocked}: is a folder"):
+            export(fold(mixed_network()), image(), (tmp_path / blocked).with_suffix(".xml"))
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        export(fold(mixed_network()), image(), tmp_path / "file" / "net.xml")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.xml", "b.bin", "file"}
+
+
+def test_executorch_has_no_dynamic_batch(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    with pytest.raises(ExportError, match=r"one batch size; export it without --dynamic-batch"):
+        export_network(
+            mixed_network(), tmp_path / "net.pte", format="executorch", dynamic_batch=True
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_operator_executorch_lacks(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+
+    class Unknown(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.i1e(x)
+
+    with pytest.raises(ExportError, match=r"^ExecuTorch export failed: Operator .*i1e.*Core ATen"):
+        get_exporter("executorch")(Unknown(), torch.ones(1, 2), tmp_path / "net.pte")
     assert not list(tmp_path.iterdir())

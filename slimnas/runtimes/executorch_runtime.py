@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch._export.verifier import SpecViolationError
 
 from slimnas.errors import ExportError, RuntimeUnavailableError
 from slimnas.runtimes.base import Array
@@ -77,7 +78,7 @@ def executorch_bytes(module: nn.Module, example: Tensor) -> bytes:
             exported = torch.export.export(copy.deepcopy(module).eval(), (example,))
             lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
             return bytes(lowered.to_executorch().buffer)
-    except (RuntimeError, LoweringError, InternalError) as error:
+    except (RuntimeError, SpecViolationError, LoweringError, InternalError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"ExecuTorch export failed: {reason}") from error
 
