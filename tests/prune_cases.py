@@ -26,7 +26,7 @@ stem: {type: vit_stem, width: 24, patch: 16, distilled: true}
 stages:
 - width: 24
   blocks:
-  - {type: vit, heads: 3, qk_dim: 4, v_dim: 5, ffn_dim: 14, repeat: 2}
+  - {type: vit, heads: 3, qk_dim: 4, v_dim: 5, ffn_dim: 8, repeat: 2}
   - {type: vit, heads: 2, qk_dim: 3, v_dim: 6, ffn_dim: 0}
 head: {type: token, classes: 7, distilled: true}
 """
@@ -38,12 +38,12 @@ stem: {type: swin_stem, width: 8, patch: 2}
 stages:
 - width: 8
   blocks:
-  - {type: swin, heads: 2, qk_dim: 4, v_dim: 5, ffn_dim: 10, window: 4}
-  - {type: swin, heads: 3, qk_dim: 3, v_dim: 4, ffn_dim: 9, window: 4, shift: 2}
+  - {type: swin, heads: 2, qk_dim: 4, v_dim: 5, ffn_dim: 6, window: 4}
+  - {type: swin, heads: 3, qk_dim: 3, v_dim: 4, ffn_dim: 5, window: 4, shift: 2}
 - width: 14
   downsample: {type: patch_merging}
   blocks:
-  - {type: swin, heads: 2, qk_dim: 4, v_dim: 3, ffn_dim: 12, window: 4, shift: 1}
+  - {type: swin, heads: 2, qk_dim: 4, v_dim: 3, ffn_dim: 7, window: 4, shift: 1}
 head: {type: linear, classes: 7}
 """
 EFFICIENTFORMER = """schema: slimnas/architecture/1
@@ -51,13 +51,13 @@ name: tiny_efficientformer
 input: {channels: 3, resolution: 32}
 stem: {type: conv_stem, width: 8}
 stages:
-- {width: 8, blocks: [{type: mb4d, ffn_dim: 12}]}
+- {width: 8, blocks: [{type: mb4d, ffn_dim: 6}]}
 - width: 12
   downsample: {type: conv3x3}
   blocks:
-  - {type: mb4d, ffn_dim: 10}
-  - {type: mb3d, heads: 3, qk_dim: 4, v_dim: 5, ffn_dim: 14}
-  - {type: mb3d, heads: 2, qk_dim: 5, v_dim: 3, ffn_dim: 11}
+  - {type: mb4d, ffn_dim: 5}
+  - {type: mb3d, heads: 3, qk_dim: 4, v_dim: 5, ffn_dim: 7}
+  - {type: mb3d, heads: 2, qk_dim: 5, v_dim: 3, ffn_dim: 5}
 head: {type: linear, classes: 7, distilled: true}
 """
 ARCHITECTURES = {
@@ -110,9 +110,9 @@ def random_plan(architecture: Architecture, seed: int, *, embedding: bool = Fals
         layers_may_go = removable_layers(block)
         kept = some(rng, heads) if heads else ()
         ffn = some(rng, block.hidden(part.input.channels))
-        if layers_may_go and rng.random() < 0.2:
+        if layers_may_go and rng.random() < 0.35:
             kept = ()
-        if layers_may_go and rng.random() < 0.2 and not part.name.endswith("blocks.0"):
+        if layers_may_go and rng.random() < 0.35 and not part.name.endswith("blocks.0"):
             ffn = ()
         d, e = (rng.randint(1, size) if kept else 0 for size in (qk_dim, v_dim))
         qk = tuple(tuple(sorted(rng.sample(range(qk_dim), d))) for _ in kept)

@@ -58,7 +58,8 @@ def apply_plan(plan: WidthPlan, network: Network, *, name: str | None = None) ->
     pruned.to(device=first.device, dtype=first.dtype)
     everything = network.state_dict()
     state: Tensors = {}
-    modes: dict[str, bool] = {}
+    # Containers have the same names in both; the parts of components are written over below.
+    modes = {key: module.training for key, module in network.named_modules()}
     trainable: dict[str, bool] = {}
     for before, after in _survivors(plan, source, pruned.architecture):
         prefix = f"{before.name}."
@@ -74,7 +75,7 @@ def apply_plan(plan: WidthPlan, network: Network, *, name: str | None = None) ->
     for key, parameter in pruned.named_parameters():
         parameter.requires_grad_(trainable[key])
     for key, module in pruned.named_modules():
-        module.training = modes.get(key, network.training)
+        module.training = modes[key]
     return pruned
 
 

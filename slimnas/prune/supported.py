@@ -34,8 +34,8 @@ def check_network(network: nn.Module) -> None:
                 f"{path}: {type(module).__name__} cannot be pruned, {architecture.name} has "
                 f"{has} there; prune a network as built, before it is folded or changed"
             )
-    shapes = {name: tuple(value.shape) for name, value in reference.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    shapes = {name: str(tuple(value.shape)) for name, value in reference.state_dict().items()}
+    found = {name: str(tuple(value.shape)) for name, value in network.state_dict().items()}
     for name in [*found, *shapes]:
         has, wanted = found.get(name, "not there"), shapes.get(name, "not there")
         if has != wanted:
