@@ -190,9 +190,9 @@ def test_journal_of_another_scope_is_refused(tmp_path: Path) -> None:
     before = (tmp_path / "fake" / JOURNAL_FILE).read_bytes()
     with pytest.raises(LatencyTableError, match="belongs to another build: its model is name"):
         measure(job(tmp_path / "fake", "swin"), FakeMachine())
+    of_a_space = replace(job(tmp_path / "fake"), scope=SpaceScope(small_space()))
     with pytest.raises(LatencyTableError, match="belongs to another build: its model is"):
-        other = replace(job(tmp_path / "fake"), scope=SpaceScope(small_space()))
-        measure(other, FakeMachine())
+        measure(of_a_space, FakeMachine())
     assert (tmp_path / "fake" / JOURNAL_FILE).read_bytes() == before
 
 

@@ -92,9 +92,12 @@ class ModelScope:
         return Architecture.model_validate(drawn)
 
     def reference(self, rng: random.Random) -> Parts:
-        """The last block with the head, without the layers on large maps."""
+        """The last block at a quarter of its widths, with the head."""
         *_, block, head = (part for part in walk(self.model) if part.kind in ("block", "head"))
-        return block, head
+        assert isinstance(block.spec, AnyBlock)
+        widths = _widths(block.spec, block.input.channels)
+        quarter = {name: -(-width // 4) for name, width in widths.items()}
+        return replace(block, spec=block.spec.model_copy(update=quarter)), head
 
 
 def _place(part: Component, spec: AnyBlock) -> tuple[object, ...]:
