@@ -27,6 +27,7 @@ from slimnas.latency import (
     price_keys,
     price_parts,
 )
+from slimnas.zoo.registry import get
 from tests.test_latency_table import DEVICE
 
 VIT = {"type": "vit", "heads": 3, "qk_dim": 8, "v_dim": 16, "ffn_dim": 96}
@@ -219,6 +220,13 @@ def test_tables_of_spaces_name_the_command_for_models(device: str) -> None:
             "MODEL being the network before it was pruned"
         )
         assert "\n" not in line
+
+
+def test_pruned_efficientformer_needs_a_table_of_its_model() -> None:
+    l1 = get("efficientformer_l1").architecture.to_dict()
+    l1["stages"][0]["blocks"] = [{"type": "mb4d", "ffn_dim": 100}]
+    with pytest.raises(MissingLatencyError, match=r"build --model MODEL --device NAME"):
+        latency_ms(Architecture.from_dict(l1), find_device("iphone12"))
 
 
 def test_sublayers_are_not_mixed_up() -> None:

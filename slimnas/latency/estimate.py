@@ -169,6 +169,13 @@ def _unpriced(price: Price | None) -> bool:
     return price is None or price.kind == "extrapolated"
 
 
+def _is_pruned(key: PriceKey) -> bool:
+    """Whether no search space holds it: another type, or an FFN of no whole ratio."""
+    hidden = dict(key.fields).get("ffn_dim", 0)
+    uneven = isinstance(hidden, int) and key.width_in > 0 and hidden % key.width_in > 0
+    return uneven or key.type not in SPACE_TYPES
+
+
 def _row(name: str, key: PriceKey, price: Price) -> PricedComponent:
     return PricedComponent(name, key, price.latency_ms, price.error_ms, price.kind)
 
@@ -220,7 +227,7 @@ def _missing_line(missing: list[tuple[str, PriceKey]], table: LatencyTable, what
 
 
 def _remedy(missing: set[PriceKey], table: LatencyTable) -> str:
-    if not SPACE_TYPES.issuperset(key.type for key in missing):
+    if any(map(_is_pruned, missing)):
         return (
             "measure a table for it with 'slimnas latency build --model MODEL --device NAME', "
             "MODEL being the network before it was pruned"
