@@ -201,6 +201,11 @@ class ScoreRun:
     def _pass(self, images: Tensor, labels: Tensor) -> None:
         """One forward and backward pass, and what it adds to the sums."""
         parameters = dict(self.network.named_parameters()) if self._by_gradient else {}
+        count = len(images)
+        if count == 1:
+            # BatchNorm's backward on a CPU misreads the gradient of one image that comes from
+            # tokens, whose strides look like those of a map (torch 2.13). Two it reads well.
+            images, labels = images.repeat(2, 1, 1, 1), labels.repeat(2)
         with contextlib.ExitStack() as hooks:
             if self._gated:
                 hooks.enter_context(self._gates.recording(len(images)))
@@ -211,7 +216,7 @@ class ScoreRun:
             # Summed, not averaged: every sample's own gradient is in it unscaled.
             loss = cross_entropy(logits, labels, reduction="sum")
             found = torch.autograd.grad(loss, sources)
-        gates = self._gates.gradients() if self._gated else None
+        gates = self._gates.gradients()[:count] if self._gated else None
         gradients = {n: g / len(images) for n, g in zip(parameters, found, strict=False)}
         self._check_finite(images, loss.detach(), gates, gradients)
         if gates is not None and "fisher" in self._sums:
@@ -223,7 +228,7 @@ class ScoreRun:
             self._sums["taylor_weight"] += self._unit_sums(products)
         if self.keeps_gradients:
             for name, gradient in gradients.items():
-                mine = gradient.cpu().double() * len(images)
+                mine = gradient.cpu().double() * count
                 self._gradients[name] = self._gradients[name] + mine if self.batches else mine
 
     def _check_finite(
