@@ -32,8 +32,6 @@ def onnx_bytes(module: nn.Module, example: Tensor, *, dynamic_batch: bool = Fals
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            # A slice with a step, as patch merging's, stays in the graph: no fault.
-            warnings.filterwarnings("ignore", "Constant folding - Only steps=1", UserWarning)
             # The exporter reverses the sizes of a padding by a slice that it cannot fold itself.
             warnings.filterwarnings("ignore", "Constant folding", UserWarning)
             torch.onnx.export(
