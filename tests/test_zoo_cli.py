@@ -16,7 +16,7 @@ from zoo_cases import TINY, save_run, trained
 from slimnas.arch.architecture import Architecture
 from slimnas.cli.zoo import app
 from slimnas.errors import WeightsError
-from slimnas.zoo.registry import add
+from slimnas.zoo.registry import add, builtin_names
 
 
 @pytest.fixture
@@ -40,9 +40,7 @@ def test_cli_list(zoo: Path, run: Path) -> None:
     result = invoke("list", "--json", "--zoo", zoo)
     entries = json.loads(result.stdout)["entries"]
     assert [entry["name"] for entry in entries] == [
-        "efficientformer_l1",
-        "efficientformer_l3",
-        "efficientformer_l7",
+        *builtin_names(),
         "mine",
     ]
     assert entries[0]["params"] == 12_289_928

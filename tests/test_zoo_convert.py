@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from vit_cases import TIMM_NAMES, hugging_face_layout, timm_model, with_depth
 
+from slimnas.arch.architecture import Architecture
 from slimnas.errors import WeightsError
 from slimnas.nn.build import build
 from slimnas.zoo.convert import convert_state_dict, detect_layout
+from slimnas.zoo.create import create_model, find_weights
+from slimnas.zoo.hub import download
 from slimnas.zoo.registry import builtin_names, get
 
 NAMES = ["efficientformer_l1", "efficientformer_l3", "efficientformer_l7"]
@@ -74,8 +83,8 @@ def images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(1))
 
 
-def test_every_built_in_model_is_compared() -> None:
-    assert builtin_names() == NAMES
+def test_every_built_in_efficientformer_is_compared() -> None:
+    assert [name for name in builtin_names() if name.startswith("efficientformer_")] == NAMES
     assert timm.list_models("efficientformer_*") == NAMES
 
 
@@ -159,20 +168,29 @@ def test_feature_values_as_timms() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "layout"),
+    ("model", "key", "layout"),
     [
-        ("patch_embed.0.weight", "official"),
-        ("stem.conv1.weight", "timm"),
+        ("efficientformer_l1", "patch_embed.0.weight", "official"),
+        ("efficientformer_l1", "stem.conv1.weight", "timm"),
+        ("deit_tiny", "stem.proj.bias", "slimnas"),
+        ("deit_tiny", "blocks.3.norm1.bias", "timm"),
+        ("deit_tiny", "cls_token", "timm"),
+        ("deit_tiny", "vit.embeddings.cls_token", "huggingface"),
+        ("deit_tiny", "deit.encoder.layer.0.output.dense.bias", "huggingface"),
+        ("deit_tiny", "encoder.layer.0.output.dense.bias", "huggingface"),
     ],
 )
-def test_layout_is_detected(key: str, layout: str) -> None:
-    assert detect_layout({key: torch.zeros(1)}) == layout
+def test_layout_is_detected(model: str, key: str, layout: str) -> None:
+    assert detect_layout({key: torch.zeros(1)}, get(model).architecture) == layout
 
 
-@pytest.mark.parametrize("state", [{}, {"features.0.weight": torch.zeros(1)}])
-def test_unknown_layout(state: dict[str, Tensor]) -> None:
-    with pytest.raises(WeightsError, match=r"no known layout .*first tensors: "):
-        detect_layout(state)
+@pytest.mark.parametrize("model", ["efficientformer_l1", "deit_tiny", "swin_tiny"])
+@pytest.mark.parametrize("names", [[], [f"features.{i}.weight" for i in range(12)]])
+def test_unknown_layout(model: str, names: list[str]) -> None:
+    state = {name: torch.zeros(1) for name in names}
+    with pytest.raises(WeightsError, match=rf"x\.pth: in no known layout .*{model}") as caught:
+        detect_layout(state, get(model).architecture, source="x.pth")
+    assert str(caught.value).endswith(f"first tensors: {', '.join(names[:10]) or 'none'}")
 
 
 def test_another_size_of_model_does_not_fit() -> None:
@@ -186,3 +204,182 @@ def test_shapes_are_checked() -> None:
     wanted = r"head\.head\.weight: efficientformer_l1 needs shape \(1000, 448\), got \(10, 448\)"
     with pytest.raises(WeightsError, match=wanted):
         convert_state_dict(state, get("efficientformer_l1").architecture)
+
+
+# ViT and DeiT
+
+
+def small_vit(name: str) -> tuple[dict[str, Tensor], Architecture]:
+    """timm's randomised weights of two blocks, and the architecture they are for."""
+    return timm_model(name, 2).state_dict(), with_depth(name, 2)
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("deit_tiny", "vit"), ("deit_tiny_distilled", "deit"), ("vit_small_patch32", "vit")],
+)
+def test_hugging_face_names_give_the_same_tensors(name: str, kind: str) -> None:
+    state, architecture = small_vit(name)
+    theirs = hugging_face_layout(state, kind)
+    assert len(theirs) == len(state) + 2 * 2 * 2  # three for one, weight and bias of two blocks
+    assert not set(theirs) & set(state)
+    expected = convert_state_dict(state, architecture)
+    assert_same(convert_state_dict(theirs, architecture), expected)
+    shuffled = dict(reversed(list(theirs.items())))
+    shuffled[f"{kind}.pooler.dense.weight"] = torch.zeros(1)
+    shuffled[f"{kind}.embeddings.mask_token"] = torch.zeros(1)
+    assert_same(convert_state_dict(shuffled, architecture), expected)
+
+
+def test_one_classifier_behind_two_tokens() -> None:
+    """DeiTForImageClassification: a distillation token, but no classifier that reads it."""
+    state, architecture = small_vit("deit_tiny_distilled")
+    theirs = hugging_face_layout(state, "deit")
+    del theirs["distillation_classifier.weight"], theirs["distillation_classifier.bias"]
+    theirs = {name.replace("cls_classifier", "classifier"): t for name, t in theirs.items()}
+    plain = architecture.with_head(distilled=False)
+    network = build(plain)
+    network.load_state_dict(convert_state_dict(theirs, plain))
+    assert torch.equal(network.stem.dist_token, state["dist_token"])
+    assert torch.equal(network.head.head.weight, state["head.weight"])
+
+
+def test_blocks_are_counted_through_stages() -> None:
+    state, architecture = small_vit("deit_tiny")
+    data = architecture.to_dict()
+    block = {**data["stages"][0]["blocks"][0], "repeat": 1}
+    data["stages"] = [{"width": 192, "blocks": [block]}] * 2
+    split = Architecture.from_dict(data)
+    ours = convert_state_dict(state, split)
+    assert torch.equal(ours["stages.1.blocks.0.mlp.fc1.bias"], state["blocks.1.mlp.fc1.bias"])
+    x = images(1)
+    with torch.inference_mode():
+        networks = [build(split).eval(), build(architecture).eval()]
+        networks[0].load_state_dict(ours)
+        networks[1].load_state_dict(convert_state_dict(state, architecture))
+        assert torch.equal(networks[0](x), networks[1](x))
+
+
+def test_missing_and_unknown_tensors_are_named() -> None:
+    state, architecture = small_vit("deit_tiny")
+    deeper = timm_model("deit_tiny", 3).state_dict()
+    names = "blocks.2.norm1.weight, blocks.2.norm1.bias, blocks.2.attn.qkv.weight"
+    with pytest.raises(WeightsError, match=f"does not fit deit_tiny: unknown {names}") as caught:
+        convert_state_dict(deeper, architecture)
+    assert str(caught.value).endswith("blocks.2.mlp.fc1.bias and 2 more")
+    assert str(caught.value).count(",") == 9
+    with pytest.raises(
+        WeightsError, match=r"missing stages\.0\.blocks\.2\.norm1\.weight, .* 2 more"
+    ):
+        convert_state_dict(state, with_depth("deit_tiny", 3))
+    theirs = hugging_face_layout(state, "vit")
+    del theirs["vit.encoder.layer.0.attention.attention.key.bias"]
+    wanted = r"missing stages\.0\.blocks\.0\.attn\.qkv\.bias; unknown .*query\.bias, .*value\.bias"
+    with pytest.raises(WeightsError, match=wanted):
+        convert_state_dict(theirs, architecture)
+    theirs["vit.encoder.layer.0.attention.attention.key.bias"] = torch.zeros(())
+    with pytest.raises(WeightsError, match=r"missing stages\.0\.blocks\.0\.attn\.qkv\.bias"):
+        convert_state_dict(theirs, architecture)
+
+
+def test_shapes_of_both_sides_are_given() -> None:
+    state, _ = small_vit("deit_tiny")
+    with pytest.raises(WeightsError) as caught:
+        convert_state_dict(state, with_depth("deit_small", 2), source="w.safetensors")
+    message = str(caught.value)
+    assert "stem.cls_token: deit_small needs shape (1, 1, 384), got (1, 1, 192)" in message
+    assert message.startswith("w.safetensors: does not fit deit_small: ")
+    assert message.count("needs shape") == 10
+    assert re.search(r" and \d+ more$", message)
+    assert "\n" not in message
+
+
+def test_plain_weights_lack_the_distillation_token() -> None:
+    state, _ = small_vit("deit_tiny")
+    wanted = (
+        r"missing stem\.dist_token, head\.head_dist\.weight, head\.head_dist\.bias; stem\.pos_embed"
+    )
+    with pytest.raises(WeightsError, match=wanted):
+        convert_state_dict(state, with_depth("deit_tiny_distilled", 2))
+
+
+@pytest.mark.parametrize("layout", ["timm", "official", "huggingface"])
+def test_files_of_every_layout(layout: str, tmp_path: Path) -> None:
+    reference = timm_model("deit_tiny_distilled")
+    state, path = reference.state_dict(), tmp_path / "w.safetensors"
+    if layout == "official":
+        path = tmp_path / "w.pth"
+        torch.save({"model": state}, path)
+    elif layout == "huggingface":
+        theirs = hugging_face_layout(state, "deit")
+        save_file({name: tensor.contiguous() for name, tensor in theirs.items()}, path)
+    else:
+        save_file(state, path)
+    network = create_model("deit_tiny_distilled", pretrained=path).eval()
+    with torch.inference_mode():
+        assert (network(images(1)) - reference(images(1))).abs().max() < 1e-4
+
+
+def test_other_classes_resolution_and_features(tmp_path: Path) -> None:
+    state = timm_model("deit_tiny").state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    network = create_model(
+        "deit_tiny", pretrained=tmp_path / "w.safetensors", classes=3, resolution=(64, 96), seed=2
+    )
+    fresh = build(network.architecture, seed=2)
+    assert network.stem.pos_embed.shape == (1, 1 + 4 * 6, 192)
+    assert torch.equal(network.head.head.weight, fresh.head.head.weight)
+    assert torch.equal(network.head.norm.bias, state["norm.bias"])
+    assert network.eval()(torch.zeros(1, 3, 64, 96)).shape == (1, 3)
+    features = create_model("deit_tiny", pretrained=tmp_path / "w.safetensors", features_only=True)
+    assert [tuple(x.shape) for x in features(images(1))] == [(1, 192, 14, 14)]
+
+
+# Downloads
+
+
+def test_downloads_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = b"weights"
+    digest = hashlib.sha256(content).hexdigest()
+    plain, cached = tmp_path / "w.safetensors", tmp_path / digest
+    plain.write_bytes(content)
+    cached.write_bytes(content)
+    snapshot = tmp_path / "model.safetensors"
+    snapshot.symlink_to(cached)  # as the hub's cache has it
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repository, file: str(tmp_path / file)
+    )
+    assert download("a/b", "w.safetensors") == plain
+    assert download("a/b", "w.safetensors", sha256=digest) == plain
+    assert download("a/b", "model.safetensors") == snapshot
+    with pytest.raises(
+        WeightsError, match=rf"a/b: w\.safetensors: has SHA-256 {digest}, expected 0"
+    ):
+        download("a/b", "w.safetensors", sha256="0" * 64)
+    cached.write_bytes(content[:-1])
+    with pytest.raises(WeightsError, match=rf"expected {digest}; delete .*{digest} and download"):
+        download("a/b", "model.safetensors")
+
+
+def test_published_weights_of_the_zoo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def offline(repository: str, file: str) -> str:
+        asked.append(f"{repository}/{file}")
+        raise LocalEntryNotFoundError("cannot find it")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    for name, theirs in TIMM_NAMES.items():
+        wanted = "cannot download" if name != "vit_large_patch32" else "no weights beside"
+        with pytest.raises(WeightsError, match=wanted):
+            find_weights(get(name))
+        config = timm.get_pretrained_cfg(theirs)
+        if config.num_classes:
+            assert asked.pop() == f"{config.hf_hub_id}/model.safetensors"
+    assert not asked
+    assert len(TIMM_NAMES) == 13
