@@ -26,6 +26,7 @@ from torch.nn.functional import cross_entropy
 from slimnas.arch.architecture import SCHEMA, Architecture
 from slimnas.errors import DataError, InputSizeError, PruneError, SlimnasError
 from slimnas.nn.build import build
+from slimnas.prune.check import importance_of
 from slimnas.prune.graph import ChannelGraph, Unit, channel_graph
 from slimnas.prune.scores import BlockScores, Scores, blocks_of
 from slimnas.prune.taylor import CRITERIA, ScoreRun, score, score_all
@@ -118,14 +119,6 @@ def value_rows(architecture: Architecture, part: str, count: int) -> Tensor:
     return rows
 
 
-def scored(scores: Scores, unit: Unit) -> float:
-    if unit.kind == "embedding":
-        return float(scores.embedding[int(unit.part.split(".")[1])][unit.number])
-    value = getattr(scores.blocks[unit.part], unit.kind)
-    where = tuple(n for n in (unit.head, unit.number) if n >= 0)
-    return float(value[where] if where else value)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weight_criteria_sum_over_what_the_graph_removes(family: str) -> None:
     network = random_network(ARCHITECTURES[family])
@@ -149,7 +142,7 @@ def test_weight_criteria_sum_over_what_the_graph_removes(family: str) -> None:
     units = list(graph.units())
     for criterion, value in values.items():
         want = [graph_sum(graph, unit, value) for unit in units]
-        mine = [scored(scores[criterion], unit) for unit in units]
+        mine = [importance_of(scores[criterion], unit) for unit in units]
         np.testing.assert_allclose(mine, want, rtol=1e-9)
         assert min(mine) > 0
     # EfficientFormer's sub-layers cannot be removed, so the graph has none of them.
