@@ -165,15 +165,18 @@ class ImageSet:
             yield self.normalise(images), labels
 
     def eval_batches(
-        self, batch_size: int, *, device: torch.device | str
+        self, batch_size: int, *, device: torch.device | str, start_batch: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every image once, in order, not augmented; the last batch may be short.
+
+        Batches before `start_batch` are left out, for a pass that resumes.
 
         Yields:
             Normalised images (B, C, H, W) float32 and labels (B,) int64, on `device`.
         """
         everything = np.arange(len(self))
-        chunks = [everything[at : at + batch_size] for at in range(0, len(self), batch_size)]
+        starts = range(start_batch * batch_size, len(self), batch_size)
+        chunks = [everything[at : at + batch_size] for at in starts]
         for images, labels in self._fetch(chunks, device):
             yield self.normalise(images), labels
 

@@ -163,8 +163,8 @@ def split_source(source: Source, options: DataOptions) -> DataSplits:
     Raises:
         DataError: an image cannot be decoded, or the images are too few or of one class.
     """
-    pool = _open_table(source.train, options)
-    own_test = None if source.test is None else _open_table(source.test, options)
+    pool = open_table(source.train, options)
+    own_test = None if source.test is None else open_table(source.test, options)
     needed = 2 if own_test else 3
     _check_classes(source, pool.labels, needed)
     rest = np.arange(len(pool.labels))
@@ -179,7 +179,7 @@ def split_source(source: Source, options: DataOptions) -> DataSplits:
         rest, pool.labels, options.search_fraction, 1, (options.seed, _SEARCH)
     )
     train, search = pool.select(train_rows), pool.select(search_rows)
-    mean, std, train_hash = _statistics(train.store, len(train.labels), options.seed)
+    mean, std, train_hash = pixel_statistics(train.store, len(train.labels), options.seed)
     parts = {Split.TRAIN: train, Split.SEARCH: search, Split.TEST: test}
     sets = {
         split: ImageSet(split, part.store, torch.from_numpy(part.labels), mean, std, source.flip)
@@ -198,7 +198,7 @@ def split_source(source: Source, options: DataOptions) -> DataSplits:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class ImagePart:
     """Usable images: their rows in the table, labels and pixels."""
 
     rows: LongArray
@@ -206,17 +206,22 @@ class _Part:
     store: PixelStore
     skipped: int
 
-    def select(self, positions: LongArray) -> _Part:
+    def select(self, positions: LongArray) -> ImagePart:
         """Return some of the images; decoded pixels are copied, so nothing leads to the others."""
         store = self.store
         if isinstance(store, LazyPixels):
             store = LazyPixels(store.table, store.rows[positions], store.resolution, store.channels)
         else:
             store = MemoryPixels(store.take(positions))
-        return _Part(self.rows[positions], self.labels[positions], store, self.skipped)
+        return ImagePart(self.rows[positions], self.labels[positions], store, self.skipped)
 
 
-def _open_table(table: ImageTable, options: DataOptions) -> _Part:
+def open_table(table: ImageTable, options: DataOptions) -> ImagePart:
+    """Decode (or arrange to decode) a table's images; see `DataOptions` for limits.
+
+    Raises:
+        DataError: no images, or one that cannot be decoded.
+    """
     if len(table.labels) == 0:
         raise DataError("the data holds no images")
     rows = np.arange(len(table.labels))
@@ -229,10 +234,10 @@ def _open_table(table: ImageTable, options: DataOptions) -> _Part:
     _refuse_bad(table, rows, bad, options)
     good = np.delete(rows, sorted(bad))
     store = LazyPixels(table, good, options.resolution, options.channels)
-    return _Part(good, table.labels[good], store, len(bad))
+    return ImagePart(good, table.labels[good], store, len(bad))
 
 
-def _decode_all(table: ImageTable, rows: LongArray, options: DataOptions) -> _Part:
+def _decode_all(table: ImageTable, rows: LongArray, options: DataOptions) -> ImagePart:
     pixels = np.empty((len(rows), options.channels, *options.resolution), dtype=np.uint8)
     bad: dict[int, str] = {}
     decoded = decode_rows(table, rows.tolist(), options.resolution, options.channels)
@@ -245,7 +250,7 @@ def _decode_all(table: ImageTable, rows: LongArray, options: DataOptions) -> _Pa
     if bad:
         good = np.delete(np.arange(len(rows)), sorted(bad))
         rows, pixels = rows[good], pixels[good]
-    return _Part(rows, table.labels[rows], MemoryPixels(torch.from_numpy(pixels)), len(bad))
+    return ImagePart(rows, table.labels[rows], MemoryPixels(torch.from_numpy(pixels)), len(bad))
 
 
 def _find_bad(table: ImageTable, rows: LongArray, options: DataOptions) -> dict[int, str]:
@@ -325,7 +330,7 @@ def _sample(labels: LongArray, count: int, key: Sequence[int]) -> LongArray:
     return np.sort(order[np.argsort(place[order], kind="stable")][:count])
 
 
-def _statistics(
+def pixel_statistics(
     store: PixelStore, count: int, seed: int
 ) -> tuple[tuple[float, ...], tuple[float, ...], bytes]:
     """Return mean and deviation per channel (of 0..1 pixels), and a hash of the images used."""
@@ -351,7 +356,7 @@ def _statistics(
     return tuple(mean), tuple(std), sha.digest()
 
 
-def _digest(parts: dict[Split, _Part], train_hash: bytes, options: DataOptions) -> str:
+def _digest(parts: dict[Split, ImagePart], train_hash: bytes, options: DataOptions) -> str:
     sha = hashlib.sha256()
     sha.update(f"slimnas/data/1 {options.resolution} {options.channels}".encode())
     sha.update(train_hash)
@@ -364,7 +369,7 @@ def _digest(parts: dict[Split, _Part], train_hash: bytes, options: DataOptions) 
     return sha.hexdigest()
 
 
-def _describe(source: Source, parts: dict[Split, _Part], skipped: int) -> str:
+def _describe(source: Source, parts: dict[Split, ImagePart], skipped: int) -> str:
     counts = ", ".join(f"{len(part.rows)} {split.value}" for split, part in parts.items())
     tail = f", {skipped} undecodable images skipped" if skipped else ""
     own = "its own test split" if source.test is not None else "test held out"
