@@ -28,7 +28,7 @@ from slimnas.errors import DataError, InputSizeError, PruneError, SlimnasError
 from slimnas.nn.build import build
 from slimnas.prune.check import importance_of
 from slimnas.prune.graph import ChannelGraph, Unit, channel_graph
-from slimnas.prune.scores import BlockScores, Scores, blocks_of
+from slimnas.prune.scores import BlockScores, blocks_of
 from slimnas.prune.taylor import CRITERIA, ScoreRun, score, score_all
 from slimnas.prune.vector import UnitVector
 
