@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from slimnas.data.load import load_source
     from slimnas.data.sources import Source
     from slimnas.data.splits import DataOptions, DataSplits, SearchData, open_data, split_source
+    from slimnas.data.whole import WholeData, open_whole
 
 _HOME = {
     "DataOptions": "splits",
@@ -22,8 +23,10 @@ _HOME = {
     "SearchData": "splits",
     "Source": "sources",
     "Split": "batches",
+    "WholeData": "whole",
     "load_source": "load",
     "open_data": "splits",
+    "open_whole": "whole",
     "split_source": "splits",
 }
 
@@ -34,8 +37,10 @@ __all__ = [
     "SearchData",
     "Source",
     "Split",
+    "WholeData",
     "load_source",
     "open_data",
+    "open_whole",
     "split_source",
 ]
 
