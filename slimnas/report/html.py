@@ -32,7 +32,7 @@ Draw = Callable[[float], Figure]
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
     """One figure of the report: its file name, what it shows, how to draw it at a width."""
 
     name: str
@@ -69,14 +69,38 @@ def write_report(report: RunReport, folder: Path) -> tuple[Path, ...]:
     return (page, *written)
 
 
-def _pictures(report: RunReport) -> list[_Picture]:
+def page_environment() -> Environment:
+    """Jinja for the templates beside this file, with the formats that every page uses."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        fixed=tables.fixed,
+        compact=tables.compact,
+        millions=tables.millions,
+        giga=tables.giga,
+        flatten=lambda mapping: list(tables.flatten(mapping)),
+    )
+    return environment
+
+
+def themes() -> dict[str, str]:
+    """CSS declarations of the light and the dark theme."""
+    return {"light": css_variables(False), "dark": css_variables(True)}
+
+
+def _pictures(report: RunReport) -> list[Picture]:
     pictures = [
-        _Picture(
+        Picture(
             "trajectory",
             "Top-1 against latency for every slimming step and candidate",
             lambda width: trajectory_figure(report, width),
         ),
-        _Picture(
+        Picture(
             "importance",
             "Importance of every MetaPath, by stage and slot",
             lambda width: importance_figure(report, width),
@@ -86,20 +110,20 @@ def _pictures(report: RunReport) -> list[_Picture]:
         pictures += _network_pictures(report, network)
     if training_figure(report.training) is not None:
         pictures.append(
-            _Picture("training", "Supernet training by step", lambda w: _training(report, w))
+            Picture("training", "Supernet training by step", lambda w: _training(report, w))
         )
     return pictures
 
 
-def _network_pictures(report: RunReport, network: FoundNetwork) -> list[_Picture]:
+def _network_pictures(report: RunReport, network: FoundNetwork) -> list[Picture]:
     suffix, name = target_slug(network), f"{network.target_ms:g} ms"
     return [
-        _Picture(
+        Picture(
             f"architecture-{suffix}",
             f"Blocks and widths of the network found for {name}",
             lambda width: architecture_figure(network, report.space, width),
         ),
-        _Picture(
+        Picture(
             f"latency-{suffix}",
             f"Latency by part of the network found for {name}",
             lambda width: latency_figure(report, network, width),
@@ -119,23 +143,9 @@ def _training(report: RunReport, width_in: float) -> Figure:
     return figure
 
 
-def _render(report: RunReport, pictures: list[_Picture]) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        fixed=tables.fixed,
-        compact=tables.compact,
-        millions=tables.millions,
-        giga=tables.giga,
-        interval=tables.interval,
-        flatten=lambda mapping: list(tables.flatten(mapping)),
-        slug=target_slug,
-    )
+def _render(report: RunReport, pictures: list[Picture]) -> str:
+    environment = page_environment()
+    environment.filters.update(interval=tables.interval, slug=target_slug)
     top1 = [network.search_top1 for network in report.found]
     return environment.get_template(TEMPLATE).render(
         report=report,
@@ -147,6 +157,6 @@ def _render(report: RunReport, pictures: list[_Picture]) -> str:
         error_points=tables.standard_error_points(
             top1[0] if top1 else report.trajectory.top1, report.data.evaluated_images
         ),
-        themes={"light": css_variables(False), "dark": css_variables(True)},
+        themes=themes(),
         version=slimnas.__version__,
     )
