@@ -12,6 +12,7 @@ import typer
 
 from slimnas import __version__
 from slimnas.cli.latency import app as latency
+from slimnas.cli.prune import app as prune
 from slimnas.cli.search import search
 from slimnas.cli.space import app as space
 from slimnas.cli.zoo import app as zoo
@@ -27,6 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(search)
+app.add_typer(prune, name="prune")
 app.add_typer(space, name="space")
 app.add_typer(latency, name="latency")
 app.add_typer(zoo, name="zoo")

@@ -1,0 +1,311 @@
+"""`slimnas prune`: from a trained network and a budget to the network that meets it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slimnas.cli.output import JsonOption, note, print_json, shown_path
+from slimnas.cli.prune_inputs import Asked, check_before, open_inputs
+
+if TYPE_CHECKING:
+    from slimnas.prune.config import PruneConfig
+    from slimnas.prune.ratios import RatioSet
+    from slimnas.prune.run import PruneResult
+
+RUNS = Path("runs")
+DEFAULT_BUDGET = "70%"
+
+app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
+
+
+class PruneOn(str, Enum):
+    """Where networks run."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    MPS = "mps"
+
+
+class Labels(str, Enum):
+    """Whose labels importance and accuracy go by."""
+
+    AUTO = "auto"
+    DATA = "data"
+    MODEL = "model"
+
+
+class Basis(str, Enum):
+    """The axes that single dims of a head are."""
+
+    PRINCIPAL = "principal"
+    CHANNELS = "channels"
+
+
+class Method(str, Enum):
+    """How units are chosen."""
+
+    GREEDY = "greedy"
+    EXACT = "exact"
+
+
+class Correction(str, Enum):
+    """What mends a pruned network without training."""
+
+    NONE = "none"
+    BIAS = "bias"
+    LEAST_SQUARES = "least_squares"
+
+
+class ReportKind(str, Enum):
+    """What is shown besides the budgets."""
+
+    CHANNEL_RATIOS = "channel_ratios"
+    IMPORTANCE = "importance"
+    SENSITIVITY = "sensitivity"
+
+
+@app.callback(invoke_without_command=True)
+def prune(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="Zoo name, run folder or architecture file.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="auto: published or the model's own; none; or a weights file.")
+    ] = "auto",
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images for importance: digits, photos, folder, parquet, tars, hub id."),
+    ] = None,
+    test_data: Annotated[
+        str | None, typer.Option(help="Images for accuracy; else 20 % held out of --data.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images for importance, at most.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per minibatch.")] = 20,
+    labels: Annotated[
+        Labels, typer.Option(help="The data's or the model's predictions.")
+    ] = Labels.AUTO,
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="fisher, taylor, taylor_weight, taylor_abs, magnitude or random.",
+        ),
+    ] = "fisher",
+    basis: Annotated[
+        Basis, typer.Option(help="principal: heads are turned so that dims matter least.")
+    ] = Basis.PRINCIPAL,
+    macs: Annotated[
+        list[str] | None, typer.Option(help="Budget such as 0.9G or 75%; repeat for several.")
+    ] = None,
+    params: Annotated[list[str] | None, typer.Option(help="Budget such as 4M or 70%.")] = None,
+    latency: Annotated[
+        list[str] | None, typer.Option(help="Budget such as 6ms or 80%; needs --device.")
+    ] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="Share of the units that goes, such as 0.3.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Latency table of the model: a device's name, or a folder.")
+    ] = None,
+    units: Annotated[
+        str, typer.Option(help="What may go: some of qk,v,ffn,head,embedding,layer.")
+    ] = "qk,v,ffn",
+    method: Annotated[Method, typer.Option(help="exact also tells greedy's gap.")] = Method.GREEDY,
+    round_to: Annotated[int, typer.Option(min=1, help="Widths end at multiples of this.")] = 1,
+    iterations: Annotated[
+        int, typer.Option(min=1, help="Steps to the budget, scored anew after each.")
+    ] = 1,
+    correction: Annotated[
+        Correction, typer.Option(help="Mend without training.")
+    ] = Correction.NONE,
+    finetune_epochs: Annotated[
+        int, typer.Option(min=0, help="Train the result, taught by the unpruned network.")
+    ] = 0,
+    finetune_between: Annotated[
+        bool, typer.Option("--finetune-between", help="After every iteration, not only the last.")
+    ] = False,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of fine-tuning.")] = None,
+    distillation: Annotated[
+        float | None, typer.Option(help="Weight of the teacher in fine-tuning, 0 to 1.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of distillation.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="scores.safetensors of another run, instead of scoring.")
+    ] = None,
+    report: Annotated[
+        list[ReportKind] | None, typer.Option(help="What to show besides; repeat for several.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Run folder; else runs/prune-MODEL-DATA.")
+    ] = None,
+    skip_bad_images: Annotated[
+        bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be decoded.")
+    ] = False,
+    prune_on: Annotated[PruneOn, typer.Option(help="Where networks run.")] = PruneOn.AUTO,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove what matters least of a trained network, to budgets of MACs, parameters or time.
+
+    Scores every unit once on a few images, then plans and cuts one network per budget (70 % of
+    the MACs if none is given). Stop it at any moment and give the same command again: it goes on.
+
+    Example: slimnas prune --model deit_tiny --macs 0.9G --report channel_ratios
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if model is None:
+        raise typer.BadParameter("must be given", param_hint="'--model'")
+    # Read by OpenMP when torch loads it; see slimnas.cli.search.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    finetune = {
+        "epochs": finetune_epochs,
+        "lr": lr,
+        "distillation": distillation,
+        "temperature": temperature,
+    }
+    given = {key: value for key, value in finetune.items() if value is not None}
+    asked = Asked(
+        model=model,
+        weights=weights,
+        data=data,
+        test_data=test_data,
+        skip_bad_images=skip_bad_images,
+        scores=scores,
+        budgets=_budgets(macs, params, latency, ratio),
+        device=device,
+        settings={
+            "images": images,
+            "batch_size": batch_size,
+            "labels": labels.value,
+            "criterion": criterion,
+            "basis": basis.value,
+            "units": [word.strip() for word in units.split(",") if word.strip()],
+            "method": method.value,
+            "round_to": round_to,
+            "iterations": iterations,
+            "correction": correction.value,
+            "finetune": given if finetune_epochs else None,
+            "finetune_between": finetune_between,
+            "seed": seed,
+        },
+        prune_on=prune_on.value,
+        reports=tuple(dict.fromkeys(kind.value for kind in report or ())),
+    )
+    _prune(asked, output, as_json)
+
+
+def _budgets(
+    macs: list[str] | None,
+    params: list[str] | None,
+    latency: list[str] | None,
+    ratio: list[float] | None,
+) -> tuple[tuple[str, str], ...]:
+    given = [("macs", text) for text in macs or ()]
+    given += [("params", text) for text in params or ()]
+    given += [("latency_ms", text) for text in latency or ()]
+    given += [("units", f"{share:g}") for share in ratio or ()]
+    return tuple(dict.fromkeys(given)) or (("macs", DEFAULT_BUDGET),)
+
+
+def _prune(asked: Asked, output: Path | None, as_json: bool) -> None:
+    from slimnas._lock import folder_lock
+    from slimnas.cli.prune_output import json_body, print_result
+    from slimnas.cli.prune_progress import PruneProgress
+    from slimnas.prune.config import claim
+    from slimnas.prune.run import run_prune
+
+    check_before(asked)
+    folder = output or RUNS / _run_name(asked)
+    with (
+        _no_empty_folder(folder),
+        folder_lock(folder),
+        PruneProgress() as progress,
+        _says_how_to_go_on(),
+    ):
+        inputs = open_inputs(asked, folder, progress)
+        claim(folder, inputs.config)
+        note(f"run folder {shown_path(folder)}")
+        result = run_prune(
+            inputs.config,
+            inputs.start,
+            inputs.calibration,
+            folder,
+            listener=progress,
+            table=inputs.table,
+            scored=inputs.scored,
+            prune_on=asked.prune_on,
+        )
+        ratios, files = write_reports(result, inputs.config, asked.reports, folder)
+    if as_json:
+        print_json(json_body(result, ratios, folder, files))
+    else:
+        print_result(result, ratios, blocks="channel_ratios" in asked.reports)
+        for path in files.values():
+            typer.echo(shown_path(path))
+    if inputs.start.trained_on is not None:
+        note(f"remember: weights {inputs.start.source}")
+
+
+def write_reports(
+    result: PruneResult, config: PruneConfig, reports: tuple[str, ...], folder: Path
+) -> tuple[RatioSet, dict[str, Path]]:
+    """Write the channel ratios of every budget, and what `--report` asks for."""
+    from slimnas.prune.ratios import RatioSet, channel_ratios
+
+    source = result.start.network.architecture
+    budgets = tuple(
+        channel_ratios(source, found.architecture, found.plan, label=found.budget.label)
+        for found in result.found
+    )
+    provenance = {
+        "model": result.start.name,
+        "weights": result.start.source,
+        "data": result.calibration.description,
+        **config.model_dump(mode="json", include={"criterion", "basis", "seed", "units"}),
+    }
+    ratios = RatioSet(source, budgets, provenance)
+    files = {
+        "ratios_json": folder / "channel_ratios.json",
+        "ratios_csv": folder / "channel_ratios.csv",
+    }
+    ratios.save_json(files["ratios_json"])
+    ratios.save_csv(files["ratios_csv"])
+    return ratios, files
+
+
+def _run_name(asked: Asked) -> str:
+    names = [Path(word).name for word in (asked.model, asked.data or "default")]
+    bare = [re.sub(r"\.(ya?ml|parquet|tar)$", "", name) for name in names]
+    plain = [re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") for name in bare]
+    return "-".join(["prune", *plain])
+
+
+@contextlib.contextmanager
+def _says_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("stopped; the same command goes on where it was")
+        raise
+
+
+@contextlib.contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """A run that is refused leaves no folder behind that it made."""
+    was_there = folder.exists()
+    try:
+        yield
+    finally:
+        if not was_there:
+            with contextlib.suppress(OSError):  # not empty: the run has begun
+                folder.rmdir()

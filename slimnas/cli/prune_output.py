@@ -1,0 +1,154 @@
+"""What `slimnas prune` prints: one JSON object, or tables of blocks and of budgets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from slimnas.cli.output import shown_path
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from slimnas.prune.found import Pruned
+    from slimnas.prune.ratios import RatioSet
+    from slimnas.prune.run import PruneResult
+
+WIDTHS = ("heads", "qk_dim", "v_dim", "ffn_dim")
+
+
+def json_body(
+    result: PruneResult, ratios: RatioSet, folder: Path, files: dict[str, Path]
+) -> dict[str, Any]:
+    """The JSON object of a run; top1 is null where labels are the model's own predictions."""
+    from slimnas.prune.found import LATENCY, MACS, PARAMS
+
+    before = {name: metric.value for name, metric in result.before.items()}
+    accuracy = before[result.accuracy_name]
+    return {
+        "run": shown_path(folder),
+        "model": result.start.name,
+        "weights_source": result.start.source,
+        "data": result.calibration.description,
+        "labels": result.calibration.labels,
+        "test_labels": result.calibration.test_labels,
+        "test_images": len(result.calibration.test),
+        "before": {
+            "params": int(before[PARAMS]),
+            "macs": int(before[MACS]),
+            **_accuracy(result, accuracy),
+            "latency_ms": before.get(LATENCY),
+        },
+        "after": [
+            {**_after(result, found), "blocks": _blocks(ratios, number)}
+            for number, found in enumerate(result.found)
+        ],
+        "files": {name: shown_path(path) for name, path in files.items()},
+    }
+
+
+def print_result(result: PruneResult, ratios: RatioSet, *, blocks: bool) -> None:
+    """Print the table of budgets, and of ratios per block if they are asked for."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if blocks:
+        for number in range(len(ratios.budgets)):
+            _print_blocks(console, ratios, number)
+    _print_budgets(console, result)
+    for found in result.found:
+        typer.echo(shown_path(found.folder))
+
+
+def _print_budgets(console: Console, result: PruneResult) -> None:
+    from rich.table import Table
+
+    from slimnas.prune.found import AGREEMENT, LATENCY, MACS, PARAMS
+
+    judged = "agreement" if result.accuracy_name == AGREEMENT else "top-1"
+    table = Table(box=None, pad_edge=False)
+    table.add_column("network", no_wrap=True)
+    for heading in ("params M", "GMACs", "MACs left", "latency ms", judged):
+        table.add_column(heading, justify="right", no_wrap=True)
+    whole = result.before[MACS].value
+    rows = [("unpruned", result.before)]
+    rows += [(found.budget.label, found.metrics) for found in result.found]
+    for name, metrics in rows:
+        latency = metrics.get(LATENCY)
+        table.add_row(
+            name,
+            f"{metrics[PARAMS].value / 1e6:.3f}",
+            f"{metrics[MACS].value / 1e9:.4f}",
+            f"{100 * metrics[MACS].value / whole:.1f} %",
+            "-" if latency is None else f"{latency.value:.3f}",
+            f"{metrics[result.accuracy_name].value:.1f} %",
+        )
+    console.print(table)
+    meaning = (
+        "agreement with the unpruned network"
+        if result.accuracy_name == AGREEMENT
+        else "top-1 accuracy"
+    )
+    console.print(
+        f"{judged}: {meaning} on {len(result.calibration.test)} images that importance has not "
+        f"seen; {result.calibration.description}",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _print_blocks(console: Console, ratios: RatioSet, number: int) -> None:
+    from rich.table import Table
+
+    from slimnas.prune.ratios import table_rows
+
+    heading, *rows = table_rows(ratios.budgets[number])
+    table = Table(
+        box=None, pad_edge=False, title=ratios.budgets[number].label, title_justify="left"
+    )
+    for at, name in enumerate(heading):
+        table.add_column(name, justify="right" if at else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _after(result: PruneResult, found: Pruned) -> dict[str, Any]:
+    from slimnas.prune.found import BEFORE_FINETUNING, LATENCY, MACS, MEASURED_MACS, PARAMS
+
+    accuracy = found.metrics[result.accuracy_name].value
+    return {
+        "budget": found.budget.asked,
+        "budget_kind": found.budget.kind,
+        "budget_limit": found.budget.limit,
+        "params": int(found.metrics[PARAMS].value),
+        "macs": int(found.metrics[MACS].value),
+        "measured_macs": int(found.metrics[MEASURED_MACS].value),
+        **_accuracy(result, accuracy),
+        "before_finetuning": found.value(BEFORE_FINETUNING),
+        "latency_ms": found.value(LATENCY),
+        "removed_importance": found.value("removed_importance"),
+        "greedy_gap": found.value("greedy_gap"),
+        "architecture": shown_path(found.folder / "architecture.yaml"),
+        "weights": shown_path(found.folder / "weights.safetensors"),
+        "plan": shown_path(found.folder / "plan.json"),
+    }
+
+
+def _accuracy(result: PruneResult, value: float) -> dict[str, float | None]:
+    from slimnas.prune.found import TOP1
+
+    is_top1 = result.accuracy_name == TOP1
+    return {"top1": value if is_top1 else None, "agreement": None if is_top1 else value}
+
+
+def _blocks(ratios: RatioSet, number: int) -> list[dict[str, Any]]:
+    rows = ratios.budgets[number].blocks
+    widths = [(row.name, row.after) for row in rows]
+    return [
+        {"name": name, **dict(zip(WIDTHS, (w.heads, w.qk, w.v, w.ffn), strict=True))}
+        for name, w in widths
+    ]

@@ -1,0 +1,165 @@
+"""Everything that decides what a pruning run gives, as one document in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from slimnas._files import atomic_write_text, read_text
+from slimnas.arch.documents import Spec, check_schema, parse_spec
+from slimnas.errors import RunFolderError, SpecError
+from slimnas.prune.finetune import FinetuneRecipe
+
+SCHEMA = "slimnas/prune-config/1"
+WHAT = "the settings of a pruning run"
+FILE = "config.json"
+
+Whole = Annotated[int, Field(strict=True, ge=1)]
+Unit = Literal["qk", "v", "ffn", "head", "embedding", "layer"]
+BudgetKind = Literal["macs", "params", "latency_ms", "units"]
+
+
+class BudgetSpec(Spec):
+    """One budget.
+
+    Attributes:
+        kind: what is limited.
+        limit: MACs, parameters, milliseconds, or number of units that stay.
+        asked: as it was given, such as `0.9G`.
+    """
+
+    kind: BudgetKind
+    limit: Annotated[float, Field(gt=0.0)]
+    asked: str
+
+    @property
+    def label(self) -> str:
+        """The name of its folder, such as `macs_0.9G`."""
+        asked = self.asked.strip().replace("%", "pct")
+        kind = {"latency_ms": "latency", "units": "ratio"}.get(self.kind, self.kind)
+        return f"{kind}_{''.join(c if c.isalnum() or c in '._-' else '_' for c in asked)}"
+
+
+class PruneConfig(Spec):
+    """Settings of a pruning run; equal settings give equal results on the CPU.
+
+    Attributes:
+        model: what `--model` names.
+        architecture_digest: of the network that is pruned.
+        weights: what `--weights` names.
+        weights_digest: of its tensors.
+        data: what `--data` names.
+        data_digest: of the images that importance is estimated on, and their labels.
+        test_data: what `--test-data` names; None for a part of `data`.
+        test_digest: of the labels of the images that accuracy is measured on.
+        images: at most this many images for importance.
+        batch_size: images per minibatch of the importance pass.
+        labels: whether labels are the data's or the model's own predictions.
+        criterion: of importance.
+        basis: whether heads are turned into their principal axes first.
+        budgets: each gives one network.
+        units: what may be removed.
+        method: how units are chosen.
+        round_to: widths stay multiples of this.
+        iterations: steps to each budget, importance estimated anew after each.
+        correction: training-free correction after each step.
+        finetune: how the result is trained; None for not at all.
+        finetune_between: whether it is trained after every step, not only the last.
+        table_digest: of the latency table, if one is used.
+        scores_digest: of a score file that was given.
+        seed: of everything random.
+    """
+
+    model: str
+    architecture_digest: str
+    weights: str
+    weights_digest: str
+    data: str
+    data_digest: str
+    test_data: str | None = None
+    test_digest: str
+    images: Whole = 1000
+    batch_size: Whole = 20
+    labels: Literal["auto", "data", "model"] = "auto"
+    criterion: str = "fisher"
+    basis: Literal["principal", "channels"] = "principal"
+    budgets: Annotated[tuple[BudgetSpec, ...], Field(min_length=1)]
+    units: Annotated[tuple[Unit, ...], Field(min_length=1)] = ("qk", "v", "ffn")
+    method: Literal["greedy", "exact"] = "greedy"
+    round_to: Whole = 1
+    iterations: Whole = 1
+    correction: Literal["none", "bias", "least_squares"] = "none"
+    finetune: FinetuneRecipe | None = None
+    finetune_between: bool = False
+    table_digest: str | None = None
+    scores_digest: str | None = None
+    seed: Annotated[int, Field(strict=True, ge=0)] = 0
+
+    def save(self, path: Path) -> None:
+        """Write JSON atomically."""
+        body = {"schema": SCHEMA, **self.model_dump(mode="json")}
+        atomic_write_text(path, json.dumps(body, indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> PruneConfig:
+        """Read what `save` wrote.
+
+        Raises:
+            SpecError: one line per fault, with file and key.
+        """
+        text = read_text(path, SpecError, WHAT)
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise SpecError(f"{path}: not valid JSON ({error}); expected {WHAT}") from error
+        if not isinstance(data, dict):
+            raise SpecError(f"{path}: must be a mapping that describes {WHAT}")
+        return parse_spec(cls, check_schema(data, SCHEMA, WHAT, source=str(path)), source=str(path))
+
+
+def claim(folder: Path, config: PruneConfig) -> None:
+    """Write `config` into a new run folder, or check that an old one has the same.
+
+    Budgets may be added to a run, whose scores serve them all.
+
+    Raises:
+        RunFolderError: names the settings that differ.
+        SpecError: the folder's settings are damaged.
+    """
+    path = folder / FILE
+    if path.is_file():
+        _refuse_other_run(folder, PruneConfig.load(path), config)
+    config.save(path)
+
+
+def _refuse_other_run(folder: Path, old: PruneConfig, new: PruneConfig) -> None:
+    before, now = (_flat(c.model_dump(mode="json", exclude={"budgets"})) for c in (old, new))
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        named = ", ".join(
+            f"{key} was {_shown(key, before)}, now {_shown(key, now)}" for key in changed[:3]
+        )
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise RunFolderError(
+            f"{folder}: holds a run with other settings ({named}{more}); give the same ones to go "
+            "on with it, or another --output"
+        )
+
+
+def _shown(key: str, settings: Mapping[str, Any]) -> str:
+    value = settings.get(key)
+    return f"{value[:12]}..." if key.endswith("_digest") and value else repr(value)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
