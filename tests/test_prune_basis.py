@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from slimnas.prune.apply import apply_plan
 from slimnas.prune.basis import to_principal_basis
 from slimnas.prune.widths import BlockPlan, WidthPlan
 
-VIT = {
+VIT: dict[str, Any] = {
     "name": "vit",
     "input": {"resolution": 32},
     "stem": {"type": "vit_stem", "width": 24, "patch": 8},
@@ -29,7 +31,7 @@ VIT = {
     ],
     "head": {"type": "token", "classes": 5},
 }
-SWIN = {
+SWIN: dict[str, Any] = {
     "name": "swin",
     "input": {"resolution": 40},
     "stem": {"type": "swin_stem", "width": 12},
@@ -49,7 +51,7 @@ SWIN = {
     ],
     "head": {"classes": 5},
 }
-EFFICIENTFORMER = {
+EFFICIENTFORMER: dict[str, Any] = {
     "name": "former",
     "input": {"resolution": 32},
     "stem": {"width": 16},
@@ -64,7 +66,7 @@ EFFICIENTFORMER = {
 MODELS = {"vit": VIT, "swin": SWIN, "efficientformer": EFFICIENTFORMER}
 
 
-def network_of(data: dict[str, object]) -> Network:
+def network_of(data: dict[str, Any]) -> Network:
     network = build(Architecture.model_validate(data), seed=1).double().eval()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

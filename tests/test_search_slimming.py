@@ -13,10 +13,10 @@ from micro import ARCHITECTURES, MICRO, Additive, micro_space
 
 from slimnas.arch.space import SearchSpace, Selection
 from slimnas.errors import SpecError, UnreachableTargetError
+from slimnas.latency.target import latency_label, parse_latency_ms
 from slimnas.search.actions import Action, Frontier, open_actions
 from slimnas.search.importance import ImportanceRecord
 from slimnas.search.slimming import Slimmer, cheapest, check_reachable
-from slimnas.search.target import latency_label, parse_latency_ms
 from slimnas.search.trajectory import Candidate, Trajectory
 
 FRONTIERS: tuple[Frontier, ...] = ("per_stage", "paper")

@@ -128,7 +128,7 @@ def search(
     # cores shared with other work is several times faster and on free cores costs little.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from slimnas.search.target import parse_latency_ms
+    from slimnas.latency.target import parse_latency_ms
 
     recipe = {
         "epochs": epochs,
@@ -275,7 +275,7 @@ def _no_empty_folder(folder: Path) -> Iterator[None]:
 
 
 def _run_name(inputs: _Inputs) -> str:
-    from slimnas.search.target import latency_label
+    from slimnas.latency.target import latency_label
 
     targets = "-".join(latency_label(target_ms) for target_ms in inputs.config.targets_ms)
     data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(inputs.config.data).name).strip("-")

@@ -11,9 +11,9 @@ from slimnas.arch.space import SearchSpace, Selection
 from slimnas.errors import MissingLatencyError, SpecError
 from slimnas.latency.estimate import Estimate, estimate
 from slimnas.latency.table import LatencyTable
+from slimnas.latency.target import latency_label
 from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
-from slimnas.search.target import latency_label
 from slimnas.search.trajectory import Trajectory
 from slimnas.supernet.inherit import place
 from slimnas.supernet.train import TrainedSupernet
