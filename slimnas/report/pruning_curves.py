@@ -48,7 +48,7 @@ def importance_figure(
     narrow = is_narrow(width_in)
     axis, names = _blocks(architecture)
     kinds = [kind for kind in KINDS if any(_units(scores.blocks[n], kind).size for n in names)]
-    row_in, top_in, bottom_in, left_in = 1.75, 0.36, 0.4, 0.66
+    row_in, top_in, bottom_in, left_in = 1.75, 0.36, 0.2, 0.66
     height_in = top_in + row_in * len(kinds) + bottom_in
     with drawing_style():
         figure = Figure(figsize=(width_in, height_in))
