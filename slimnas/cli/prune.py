@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -16,9 +16,7 @@ from slimnas.cli.output import JsonOption, note, print_json, shown_path
 from slimnas.cli.prune_inputs import Asked, check_before, open_inputs
 
 if TYPE_CHECKING:
-    from slimnas.prune.config import PruneConfig
-    from slimnas.prune.ratios import RatioSet
-    from slimnas.prune.run import PruneResult
+    from slimnas.report.pruning import ReportKind
 
 RUNS = Path("runs")
 DEFAULT_BUDGET = "70%"
@@ -65,7 +63,7 @@ class Correction(str, Enum):
     LEAST_SQUARES = "least_squares"
 
 
-class ReportKind(str, Enum):
+class Report(str, Enum):
     """What is shown besides the budgets."""
 
     CHANNEL_RATIOS = "channel_ratios"
@@ -142,7 +140,7 @@ def prune(
         Path | None, typer.Option(help="scores.safetensors of another run, instead of scoring.")
     ] = None,
     report: Annotated[
-        list[ReportKind] | None, typer.Option(help="What to show besides; repeat for several.")
+        list[Report] | None, typer.Option(help="What to show besides; repeat for several.")
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Run folder; else runs/prune-MODEL-DATA.")
@@ -221,9 +219,11 @@ def _prune(asked: Asked, output: Path | None, as_json: bool) -> None:
     from slimnas._lock import folder_lock
     from slimnas.cli.prune_output import json_body, print_result
     from slimnas.cli.prune_progress import PruneProgress
+    from slimnas.cli.prune_report import write_reports
     from slimnas.prune.config import claim
     from slimnas.prune.run import run_prune
 
+    kinds = cast("tuple[ReportKind, ...]", asked.reports)
     check_before(asked)
     folder = output or RUNS / _run_name(asked)
     with (
@@ -245,42 +245,15 @@ def _prune(asked: Asked, output: Path | None, as_json: bool) -> None:
             scored=inputs.scored,
             prune_on=asked.prune_on,
         )
-        ratios, files = write_reports(result, inputs.config, asked.reports, folder)
+        report, files = write_reports(result, inputs.config, kinds, folder, progress)
     if as_json:
-        print_json(json_body(result, ratios, folder, files))
+        print_json(json_body(result, report.ratios, inputs.config, folder, files))
     else:
-        print_result(result, ratios, blocks="channel_ratios" in asked.reports)
+        print_result(result, report.ratios, blocks="channel_ratios" in kinds)
         for path in files.values():
             typer.echo(shown_path(path))
     if inputs.start.trained_on is not None:
         note(f"remember: weights {inputs.start.source}")
-
-
-def write_reports(
-    result: PruneResult, config: PruneConfig, reports: tuple[str, ...], folder: Path
-) -> tuple[RatioSet, dict[str, Path]]:
-    """Write the channel ratios of every budget, and what `--report` asks for."""
-    from slimnas.prune.ratios import RatioSet, channel_ratios
-
-    source = result.start.network.architecture
-    budgets = tuple(
-        channel_ratios(source, found.architecture, found.plan, label=found.budget.label)
-        for found in result.found
-    )
-    provenance = {
-        "model": result.start.name,
-        "weights": result.start.source,
-        "data": result.calibration.description,
-        **config.model_dump(mode="json", include={"criterion", "basis", "seed", "units"}),
-    }
-    ratios = RatioSet(source, budgets, provenance)
-    files = {
-        "ratios_json": folder / "channel_ratios.json",
-        "ratios_csv": folder / "channel_ratios.csv",
-    }
-    ratios.save_json(files["ratios_json"])
-    ratios.save_csv(files["ratios_csv"])
-    return ratios, files
 
 
 def _run_name(asked: Asked) -> str:

@@ -13,6 +13,7 @@ from slimnas.cli.output import shown_path
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimnas.prune.config import PruneConfig
     from slimnas.prune.found import Pruned
     from slimnas.prune.ratios import RatioSet
     from slimnas.prune.run import PruneResult
@@ -21,7 +22,11 @@ WIDTHS = ("heads", "qk_dim", "v_dim", "ffn_dim")
 
 
 def json_body(
-    result: PruneResult, ratios: RatioSet, folder: Path, files: dict[str, Path]
+    result: PruneResult,
+    ratios: RatioSet,
+    config: PruneConfig,
+    folder: Path,
+    files: dict[str, Path],
 ) -> dict[str, Any]:
     """The JSON object of a run; top1 is null where labels are the model's own predictions."""
     from slimnas.prune.found import LATENCY, MACS, PARAMS
@@ -43,7 +48,7 @@ def json_body(
             "latency_ms": before.get(LATENCY),
         },
         "after": [
-            {**_after(result, found), "blocks": _blocks(ratios, number)}
+            {**_after(result, config, found), "blocks": _blocks(ratios, number)}
             for number, found in enumerate(result.found)
         ],
         "files": {name: shown_path(path) for name, path in files.items()},
@@ -116,8 +121,9 @@ def _print_blocks(console: Console, ratios: RatioSet, number: int) -> None:
     console.print(table)
 
 
-def _after(result: PruneResult, found: Pruned) -> dict[str, Any]:
-    from slimnas.prune.found import BEFORE_FINETUNING, LATENCY, MACS, MEASURED_MACS, PARAMS
+def _after(result: PruneResult, config: PruneConfig, found: Pruned) -> dict[str, Any]:
+    from slimnas.cli.prune_report import treatments
+    from slimnas.prune.found import GAP, LATENCY, MACS, MEASURED_MACS, PARAMS, REMOVED
 
     accuracy = found.metrics[result.accuracy_name].value
     return {
@@ -128,10 +134,10 @@ def _after(result: PruneResult, found: Pruned) -> dict[str, Any]:
         "macs": int(found.metrics[MACS].value),
         "measured_macs": int(found.metrics[MEASURED_MACS].value),
         **_accuracy(result, accuracy),
-        "before_finetuning": found.value(BEFORE_FINETUNING),
+        "accuracy_after": treatments(result, config, found),
         "latency_ms": found.value(LATENCY),
-        "removed_importance": found.value("removed_importance"),
-        "greedy_gap": found.value("greedy_gap"),
+        "removed_importance": found.value(REMOVED),
+        "greedy_gap": found.value(GAP),
         "architecture": shown_path(found.folder / "architecture.yaml"),
         "weights": shown_path(found.folder / "weights.safetensors"),
         "plan": shown_path(found.folder / "plan.json"),

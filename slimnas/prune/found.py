@@ -28,7 +28,9 @@ from slimnas.zoo.metrics import Metric, Metrics, load_metrics
 PLAN = "plan.json"
 PARAMS, MACS, MEASURED_MACS = "params", "macs", "measured_macs"
 TOP1, AGREEMENT = "test_top1_percent", "test_agreement_percent"
-BEFORE_FINETUNING = "before_finetuning_percent"
+CUT, CORRECTED = "cut_percent", "corrected_percent"
+"""Accuracy before what was done next: correction or training."""
+REMOVED, GAP = "removed_importance", "greedy_gap"
 LATENCY = "latency_ms"
 
 
@@ -188,12 +190,12 @@ def selection_metrics(selected: Selected, steps: int) -> Metrics:
     """What the last selection says about itself."""
     cuts = "" if steps == 1 else f", last of {steps} steps"
     metrics = {
-        "removed_importance": Metric(
+        REMOVED: Metric(
             selected.removed_importance, f"summed importance of what went, {selected.method}{cuts}"
         )
     }
     if selected.gap is not None:
-        metrics["greedy_gap"] = Metric(
+        metrics[GAP] = Metric(
             selected.gap, "importance that greedy would lose more than the optimum, relative"
         )
     return metrics

@@ -23,7 +23,8 @@ from slimnas.prune.config import BudgetSpec, PruneConfig
 from slimnas.prune.costs import Budget, CostModel, amount_text
 from slimnas.prune.finetune import evaluate, finetune
 from slimnas.prune.found import (
-    BEFORE_FINETUNING,
+    CORRECTED,
+    CUT,
     PLAN,
     Origin,
     Pruned,
@@ -255,51 +256,48 @@ class _Run:
 
     def _cut(self, step: _Step, source: Network, selected: Selected) -> tuple[Network, Metrics]:
         """The pruned network, corrected and trained as asked, and its figures."""
-        config = self.config
+        config, final = self.config, self.origin.accuracy_name
         trains = config.finetune is not None and (step.is_last or config.finetune_between)
         metrics = dict(selection_metrics(selected, step.count))
-        kept = step.folder / UNTUNED
-        if trains and kept.is_file():  # training was interrupted
-            network = build(selected.architecture).eval()
-            network.load_state_dict(load_weights(kept, selected.architecture))
-            network.to(self.device)
-        else:
-            network = self._corrected(step, source, selected)
-        what = "not fine-tuned" if config.correction == "none" else f"{config.correction} corrected"
-        self.listener.stage(f"{step.name}: evaluation", 0, 1)
-        if not trains:
-            metrics |= self._accuracy(network, what, self.origin.accuracy_name)
-        else:
-            metrics |= self._accuracy(network, what, BEFORE_FINETUNING)
-            if not kept.is_file():
-                save_weights(kept, network.state_dict(), selected.architecture)
+        network = apply_plan(selected.plan, source, name=selected.architecture.name)
+        corrects = config.correction != "none"
+        metrics |= self._accuracy(network, "cut", CUT if corrects or trains else final)
+        if corrects:
+            network = self._corrected(step, source, network, selected)
+            metrics |= self._accuracy(
+                network, f"corrected by {config.correction}", CORRECTED if trains else final
+            )
+        if trains:
             network = self._finetuned(step, network)
-            metrics |= self._accuracy(network, "fine-tuned", self.origin.accuracy_name)
-        shown = metrics[self.origin.accuracy_name].value
-        self.listener.stage(f"{step.name}: evaluation", 1, 1, f"{shown:.1f} %")
+            metrics |= self._accuracy(network, "fine-tuned", final)
+        self.listener.stage(f"{step.name}: done", 1, 1, f"{metrics[final].value:.1f} %")
         return network, metrics
 
-    def _corrected(self, step: _Step, source: Network, selected: Selected) -> Network:
-        config = self.config
-        network = apply_plan(selected.plan, source, name=selected.architecture.name)
-        if config.correction == "none":
-            return network
+    def _corrected(
+        self, step: _Step, source: Network, network: Network, selected: Selected
+    ) -> Network:
         from slimnas.prune.correct import correct
 
         name = f"{step.name}: correction"
-        batches = Batches(self.origin.calibration.images, config.batch_size, self.device)
+        batches = Batches(self.origin.calibration.images, self.config.batch_size, self.device)
         return correct(
             source,
             network,
             selected.plan,
             batches,
-            config.correction,
+            self.config.correction,
             on_layer=lambda done, total: self.listener.stage(name, done, total, "layers"),
         )
 
     def _finetuned(self, step: _Step, network: Network) -> Network:
+        """Trained; what training begins from is kept until the step is done."""
         assert self.config.finetune is not None
         name = f"{step.name}: fine-tuning"
+        kept = step.folder / UNTUNED
+        if kept.is_file():
+            network.load_state_dict(load_weights(kept, network.architecture))
+        else:
+            save_weights(kept, network.state_dict(), network.architecture)
 
         def on_step(report: StepReport) -> None:
             state = f"{report.images_per_s:.0f} images/s loss {report.loss:.3f}"
