@@ -180,7 +180,7 @@ def _fit(
         task, accelerator, checkpoint=checkpoint, identity=identity, watch=Watch(on_step=on_step)
     )
     assert isinstance(averaged, Network)
-    return averaged.eval()
+    return averaged.requires_grad_().eval()  # averages are kept out of autograd
 
 
 def _groups(network: Network, recipe: TrainRecipe) -> list[dict[str, object]]:
