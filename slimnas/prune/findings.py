@@ -157,6 +157,20 @@ def published_findings(ratios: RatioSet) -> tuple[Finding, ...]:
             True,
         ),
     ]
+    found.append(
+        Finding(
+            "last_blocks_ffn",
+            "The FFNs of the last blocks are the most redundant",
+            "the same, of hidden units alone",
+            each(
+                lambda b: _contrast(
+                    _part(b.blocks, last=True), _part(b.blocks, last=False), kinds=("ffn",)
+                )
+            ),
+            MORE_REDUNDANT,
+            True,
+        )
+    )
     if len(ratios.source.stages) >= 3:
         end = len(ratios.source.stages) - 1
         found.append(
@@ -229,8 +243,11 @@ def _cut(blocks: Sequence[BlockRatios], kind: RatioKind) -> float | None:
     return 1 - sum(shares) / len(shares) if shares else None
 
 
-def _contrast(some: Sequence[BlockRatios], others: Sequence[BlockRatios]) -> float | None:
-    kinds: tuple[RatioKind, ...] = ("q", "v", "ffn")  # K is Q
+def _contrast(
+    some: Sequence[BlockRatios],
+    others: Sequence[BlockRatios],
+    kinds: Sequence[RatioKind] = ("q", "v", "ffn"),  # K is Q
+) -> float | None:
     mine = [cut for kind in kinds if (cut := _cut(some, kind)) is not None]
     rest = [cut for kind in kinds if (cut := _cut(others, kind)) is not None]
     if not mine or not rest:

@@ -110,7 +110,7 @@ def channel_ratios_figure(ratios: RatioSet, width_in: float = WIDE_IN) -> Figure
     narrow = is_narrow(width_in)
     axis = BlockAxis(tuple(block.stage for block in ratios.budgets[0].blocks))
     panels = _panels(ratios)
-    left, right, legend, bottom = 0.62, 0.1, 0.28, 0.2
+    left, right, legend, bottom = 0.72, 0.1, 0.28, 0.2
     title = (0.46 if narrow else 0.3) + (0.14 if axis.boundaries else 0.0)
     row = title + sum(panel.height + panel.gap for panel in panels)
     height_in = legend + row * len(ratios.budgets) + bottom
@@ -129,6 +129,7 @@ def channel_ratios_figure(ratios: RatioSet, width_in: float = WIDE_IN) -> Figure
                 )
                 axes = figure.add_axes(box, label=f"{budget.label} {panel.label}")
                 _draw_bars(axes, budget.blocks, panel)
+                axes.yaxis.set_label_coords(-0.36 / (width_in - left - right), 0.5)
                 last = place == len(panels) - 1
                 axis.mark(axes, numbers=last, names=place == 0, narrow=narrow)
                 if last and number == len(ratios.budgets) - 1:
@@ -261,7 +262,7 @@ def _draw_bars(axes: Axes, blocks: Sequence[BlockRatios], panel: _Panel) -> None
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     _say_without(axes, [block.kept(panel.kinds[0]) is None for block in blocks])
-    axes.set_ylabel(panel.label, color=ink("ink"), fontsize=7.5, labelpad=4)
+    axes.set_ylabel(panel.label, color=ink("ink"), fontsize=7.5)
 
 
 def _say_without(axes: Axes, lacking: Sequence[bool]) -> None:
