@@ -21,13 +21,24 @@ COMMANDS = {
         "--mixing --noise --output --resolution --search-images --seed --skip-bad-images --space "
         "--supernet --target-latency --tau-end --tau-start --train-on"
     ),
+    "slimnas prune": (
+        "--basis --batch-size --correction --criterion --data --device --distillation "
+        "--finetune-between --finetune-epochs --images --iterations --json --labels --latency --lr "
+        "--macs --method --model --output --params --prune-on --ratio --report --round-to --scores "
+        "--seed --skip-bad-images --temperature --test-data --units --weights"
+    ),
+    "slimnas prune rules": (
+        "--depth-dependent --device --json --latency --macs --name --output --params --round-to "
+        "--seed --use --width RUN"
+    ),
     "slimnas space": "",
     "slimnas space list": "--json",
     "slimnas space show": "--json SPACE",
     "slimnas space validate": "--json FILES",
     "slimnas latency": "",
     "slimnas latency build": (
-        "--backend --clock --device --force --json --model --output --rounds --seed --space --threads"
+        "--backend --clock --device --force --json --model --output --rounds --seed --space "
+        "--threads"
     ),
     "slimnas latency list": "--json",
     "slimnas latency show": "--json --rows DEVICE",
@@ -58,7 +69,9 @@ def test_commands_and_options_are_the_known_ones() -> None:
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"], ["zoo", "add", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["search", "--help"], ["prune", "-h"], ["zoo", "add", "-h"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\n"

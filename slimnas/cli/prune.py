@@ -14,6 +14,7 @@ import typer
 
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 from slimnas.cli.prune_inputs import Asked, check_before, open_inputs
+from slimnas.cli.prune_rules import rules
 
 if TYPE_CHECKING:
     from slimnas.report.pruning import ReportKind
@@ -22,6 +23,7 @@ RUNS = Path("runs")
 DEFAULT_BUDGET = "70%"
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
+app.command()(rules)
 
 
 class PruneOn(str, Enum):

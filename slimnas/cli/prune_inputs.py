@@ -85,6 +85,10 @@ def check_before(asked: Asked) -> None:
             f"--criterion: must be one of {', '.join(CRITERIA)}, got {criterion!r}"
             f"{suggest(criterion, CRITERIA)}"
         )
+    if asked.settings["method"] == "exact" and "embedding" in asked.settings["units"]:
+        raise PruneError(
+            "--method exact: cannot weigh embedding channels; use greedy, or other --units"
+        )
     entry = get(asked.model)
     for kind, text in asked.budgets:
         if kind == "latency_ms" and asked.device is None:
