@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from cli_world import slimnas
 from huggingface_hub import constants
+from prune_cases import ARCHITECTURES, FAMILIES, random_network
 from prune_world import ARCHITECTURE, PRUNE, VIT, lay_out, network
 from safetensors.torch import save_file
+from test_latency_transformers import grid_table
 
 from slimnas.arch.cost import cost
 from slimnas.errors import RunFolderError
@@ -379,3 +381,48 @@ def test_scores_of_a_foreign_model_are_refused(
     assert "must be for seven" in answer.errors[0]
     assert not (tmp_path / "out").exists()
     assert load_tensors(RUN / "scores.safetensors", "scores")[0]
+
+
+def test_a_latency_budget_is_kept_by_the_table(
+    fresh: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid_table(ARCHITECTURE).save(fresh / "lookup_tables" / "bench")
+    budgets = ("--latency", "80%", "--latency", "3ms", "--device", "bench")
+    answer = slimnas(capsys, *PRUNE, *budgets, "--json")
+    assert answer.code == 0, answer.err
+    body = answer.json()
+    unpruned_ms = body["before"]["latency_ms"]
+    share, absolute = body["after"]
+    assert share["budget_limit"] == pytest.approx(0.8 * unpruned_ms)
+    assert absolute["budget_limit"] == 3.0
+    for after in (share, absolute):
+        assert 0.97 * after["budget_limit"] < after["latency_ms"] <= after["budget_limit"]
+        again = slimnas(
+            capsys, "latency", "estimate", after["architecture"], "--device", "bench", "--json"
+        )
+        assert again.json()["latency_ms"] == pytest.approx(after["latency_ms"])
+    least = slimnas(capsys, *PRUNE, "--latency", "0.3ms", "--device", "bench", "--output", "x")
+    assert least.code == 1
+    assert "cannot be met, the smallest mini with units ffn,qk,v costs" in least.errors[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("units", ["qk,v,ffn", "qk,v,ffn,head,layer,embedding"])
+def test_every_family_goes_through(
+    family: str, units: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Swin and EfficientFormer too, all kinds of unit, two steps, trained after each."""
+    whole = random_network(ARCHITECTURES[family]).float()
+    ARCHITECTURES[family].save(tmp_path / "model.yaml")
+    save_weights(tmp_path / "model.safetensors", whole.state_dict(), ARCHITECTURES[family])
+    answer = slimnas(
+        capsys,
+        *("prune", "--model", tmp_path / "model.yaml", "--images", "20", "--prune-on", "cpu"),
+        *("--macs", "80%", "--units", units, "--iterations", "2", "--finetune-epochs", "1"),
+        *("--finetune-between", "--output", tmp_path / "run", "--json"),
+    )
+    assert answer.code == 0, answer.err
+    after = answer.json()["after"][0]
+    assert after["macs"] == after["measured_macs"] <= 0.8 * cost(ARCHITECTURES[family]).macs
+    loaded = create_model(Path(after["architecture"]).parent, pretrained=True)
+    assert cost(loaded.architecture).macs == after["macs"]

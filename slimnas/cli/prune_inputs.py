@@ -183,6 +183,7 @@ def _images(asked: Asked, start: Start, device: Any) -> tuple[Calibration, str]:
             foreign=start.trained_on is not None and data != start.trained_on,
             seed=asked.seed,
             skip_bad_images=asked.skip_bad_images,
+            for_training=asked.settings["finetune"] is not None,
         ),
         start.network,
         device,

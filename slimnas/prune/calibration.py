@@ -36,6 +36,7 @@ class DataRequest:
         foreign: the data's classes are never the model's, however many they are.
         seed: of the split.
         skip_bad_images: leave out images that cannot be decoded.
+        for_training: also open every image of `data` that is not held out.
     """
 
     data: str
@@ -46,6 +47,7 @@ class DataRequest:
     foreign: bool
     seed: int
     skip_bad_images: bool = False
+    for_training: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,7 @@ class Calibration:
     Attributes:
         images: importance is estimated on them.
         test: accuracy is measured on them, and nothing else.
+        training: what fine-tuning sees: `images`, or every one of the data that is not held out.
         class_names: of the data.
         labels: of `images`: the data's or the model's predictions.
         test_labels: of `test`; accuracy against the model's own is agreement with it.
@@ -65,6 +68,7 @@ class Calibration:
 
     images: ImageSet
     test: ImageSet
+    training: ImageSet
     class_names: tuple[str, ...]
     labels: Labels
     test_labels: Labels
@@ -141,10 +145,16 @@ def open_calibration(
         hold_out=request.test_data is None,
     )
     images, test, test_names = whole.images, whole.test, whole.class_names
+    training = images
     description, names = whole.description, whole.class_names
+    same = (images.mean, images.std)
+    everything = replace(options, max_images=None)
+    if request.for_training and request.data != PHOTOS:
+        hold_out = request.test_data is None
+        training = open_whole(
+            request.data, everything, normalisation=same, hold_out=hold_out
+        ).images
     if request.test_data is not None:
-        same = (images.mean, images.std)
-        everything = replace(options, max_images=None)
         other = open_whole(request.test_data, everything, normalisation=same)
         test, test_names = other.images, other.class_names
         description += f"; judged on {other.description}"
@@ -152,13 +162,16 @@ def open_calibration(
     labels = _labels(request, names, network, request.data)
     test_labels = _labels(request, test_names, network, request.test_data or request.data)
     if labels == "model":
-        images = predicted(images, network, device)
+        found = predicted(images, network, device)
+        training = predicted(training, network, device) if training is not images else found
+        images = found
     if test_labels == "model":
         test = predicted(test, network, device)
     given = tensors_digest({"labels": images.labels})
     return Calibration(
         images=images,
         test=test,
+        training=training,
         class_names=names,
         labels=labels,
         test_labels=test_labels,

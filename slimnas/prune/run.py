@@ -306,7 +306,7 @@ class _Run:
         return finetune(
             network,
             self.original,
-            self.origin.calibration.images,
+            self.origin.calibration.training,
             self.config.finetune,
             self.accelerator,
             seed=self.config.seed,
