@@ -273,8 +273,9 @@ def instantiate(
     if not within:
         least = min(found.cost for found in priced)
         raise PruneError(
-            f"width rule: the budget must be at least {amount_text(budget.kind, least)}, what its "
-            f"narrowest network costs; got {budget}"
+            f"width rule: the budget must be at least {amount_text(budget.kind, least)}, what the "
+            f"narrowest network {'' if missing is None else 'that the table prices '}costs; got "
+            f"{budget}"
         )
     return max(within, key=lambda found: (found.cost, found.width))
 

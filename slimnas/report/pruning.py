@@ -119,6 +119,11 @@ class PruneReport:
         )
 
     @property
+    def tightest(self) -> PrunedNetwork:
+        """The network with the fewest MACs."""
+        return min(self.networks, key=lambda network: network.cost.macs)
+
+    @property
     def treatments(self) -> list[str]:
         """What accuracies are of, in order."""
         return list(dict.fromkeys(name for network in self.networks for name in network.top1))
@@ -229,8 +234,8 @@ def _pictures(report: PruneReport, kinds: Sequence[ReportKind]) -> list[Picture]
 
 
 def _scored_plan(report: PruneReport, scores: Scores) -> WidthPlan | None:
-    """The first budget's plan, if the scores are for the network it cuts."""
-    return report.networks[0].plan if scores.architecture == report.source.digest else None
+    """The tightest budget's plan, if the scores are for the network it cuts."""
+    return report.tightest.plan if scores.architecture == report.source.digest else None
 
 
 def _findings(report: PruneReport) -> tuple[Finding, ...]:
