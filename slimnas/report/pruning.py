@@ -26,6 +26,9 @@ from slimnas.report.tables import standard_error_points
 
 ReportKind = Literal["channel_ratios", "importance", "sensitivity"]
 REPORT_KINDS: tuple[ReportKind, ...] = get_args(ReportKind)
+FIGURE_NAMES = ("pareto", *REPORT_KINDS)
+"""Names of the figures; `pareto` is accuracy against MACs."""
+
 PAGE = "report.html"
 TEMPLATE = "pruning.html.j2"
 
