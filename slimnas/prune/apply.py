@@ -61,7 +61,7 @@ def apply_plan(plan: WidthPlan, network: Network, *, name: str | None = None) ->
     # Containers have the same names in both; the parts of components are written over below.
     modes = {key: module.training for key, module in network.named_modules()}
     trainable: dict[str, bool] = {}
-    for before, after in _survivors(plan, source, pruned.architecture):
+    for before, after in survivors(plan, source, pruned.architecture):
         prefix = f"{before.name}."
         own = {k.removeprefix(prefix): v for k, v in everything.items() if k.startswith(prefix)}
         part = network.get_submodule(before.name)
@@ -79,7 +79,7 @@ def apply_plan(plan: WidthPlan, network: Network, *, name: str | None = None) ->
     return pruned
 
 
-def _survivors(
+def survivors(
     plan: WidthPlan, source: Architecture, pruned: Architecture
 ) -> Iterator[tuple[Component, str]]:
     """Every component that stays, and its name in the pruned network."""

@@ -21,7 +21,7 @@ from slimnas.prune.steps import Steps
 
 ATTEMPTS = 5
 SECONDS = 120.0
-GAP = 1e-6
+GAP = 1e-4
 """Relative gap at which the solver stops: far below what importance scores are good for."""
 
 
