@@ -115,7 +115,7 @@ def published_findings(ratios: RatioSet) -> tuple[Finding, ...]:
 
         return each(measure)
 
-    found = [
+    return (
         Finding(
             "qk_cut",
             "Queries and keys are cut hard",
@@ -148,47 +148,50 @@ def published_findings(ratios: RatioSet) -> tuple[Finding, ...]:
             SPARED,
             False,
         ),
-        Finding(
+        *_findings_over_depth(ratios),
+    )
+
+
+def _findings_over_depth(ratios: RatioSet) -> list[Finding]:
+    """Which blocks are the redundant ones."""
+
+    def finding(
+        name: str,
+        statement: str,
+        measure: str,
+        contrast: Callable[[Sequence[BlockRatios]], float | None],
+    ) -> Finding:
+        values = tuple(contrast(budget.blocks) for budget in ratios.budgets)
+        return Finding(name, statement, measure, values, MORE_REDUNDANT, True)
+
+    found = [
+        finding(
             "last_blocks",
             "The last blocks are the most redundant",
             f"mean cut of the last {LAST:.0%} of the blocks / of the others",
-            each(lambda b: _contrast(_part(b.blocks, last=True), _part(b.blocks, last=False))),
-            MORE_REDUNDANT,
-            True,
+            lambda blocks: _contrast(_part(blocks, last=True), _part(blocks, last=False)),
         ),
-    ]
-    found.append(
-        Finding(
+        finding(
             "last_blocks_ffn",
             "The FFNs of the last blocks are the most redundant",
             "the same, of hidden units alone",
-            each(
-                lambda b: _contrast(
-                    _part(b.blocks, last=True), _part(b.blocks, last=False), kinds=("ffn",)
-                )
-            ),
-            MORE_REDUNDANT,
-            True,
-        )
-    )
-    if len(ratios.source.stages) >= 3:
-        end = len(ratios.source.stages) - 1
+            lambda blocks: _contrast(_part(blocks, last=True), _part(blocks, last=False), ("ffn",)),
+        ),
+    ]
+    end = len(ratios.source.stages) - 1
+    if end >= 2:
         found.append(
-            Finding(
+            finding(
                 "last_stage",
                 "The last stage keeps far less than the first two",
                 "mean cut of the last stage / of the first two",
-                each(
-                    lambda b: _contrast(
-                        [block for block in b.blocks if block.stage == end],
-                        [block for block in b.blocks if block.stage < 2],
-                    )
+                lambda blocks: _contrast(
+                    [block for block in blocks if block.stage == end],
+                    [block for block in blocks if block.stage < 2],
                 ),
-                MORE_REDUNDANT,
-                True,
             )
         )
-    return tuple(found)
+    return found
 
 
 def compare_with_savit(ratios: RatioSet) -> tuple[PublishedComparison, ...]:

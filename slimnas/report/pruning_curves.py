@@ -80,7 +80,7 @@ def sensitivity_figure(
 ) -> Figure:
     """Drop of top-1 by block and share (heat map), and the curves of top-1 and loss.
 
-    A row per kind of unit; the darker a curve, the later its block.
+    A row per kind of unit; the stronger a curve, the later its block.
     """
     narrow = is_narrow(width_in)
     axis, names = _blocks(architecture)
@@ -317,7 +317,9 @@ def _heat_legend(axes: Axes, *, narrow: bool) -> None:
     axes.text(
         HEAT_STEPS + 0.25,
         0.5,
-        "points lost" if narrow else "points of top-1 lost, from; curves: later blocks darker",
+        "points lost"
+        if narrow
+        else "points of top-1 lost, from; curves: the later a block, the stronger",
         va="center_baseline",
         fontsize=7,
         color=ink("muted"),
