@@ -17,7 +17,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DATA = {"search_spaces": ["*.yaml"], "lookup_tables": ["*/*.yaml", "*/*.csv"]}
-INSIDE = {"slimnas/zoo/models": "*.yaml", "slimnas/report": "*.html.j2", "slimnas": "py.typed"}
+INSIDE = {
+    "slimnas/zoo/models": "*.yaml",
+    "slimnas/report": "*.html.j2",
+    "slimnas/prune": "*.yaml",
+    "slimnas": "py.typed",
+}
 
 
 @pytest.fixture(scope="module")
