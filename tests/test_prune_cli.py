@@ -407,9 +407,17 @@ def test_a_latency_budget_is_kept_by_the_table(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("units", ["qk,v,ffn", "qk,v,ffn,head,layer,embedding"])
+@pytest.mark.parametrize(
+    ("units", "correction"),
+    [
+        ("qk,v,ffn", "least_squares"),
+        ("qk,v,ffn,head,layer", "bias"),
+        ("qk,v,ffn,head,layer,embedding", "least_squares"),
+        ("embedding", "none"),
+    ],
+)
 def test_every_family_goes_through(
-    family: str, units: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, units: str, correction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Swin and EfficientFormer too, all kinds of unit, two steps, trained after each."""
     whole = random_network(ARCHITECTURES[family]).float()
@@ -419,10 +427,17 @@ def test_every_family_goes_through(
         capsys,
         *("prune", "--model", tmp_path / "model.yaml", "--images", "20", "--prune-on", "cpu"),
         *("--macs", "80%", "--units", units, "--iterations", "2", "--finetune-epochs", "1"),
-        *("--finetune-between", "--output", tmp_path / "run", "--json"),
+        *("--finetune-between", "--correction", correction),
+        *("--output", tmp_path / "run", "--json"),
     )
     assert answer.code == 0, answer.err
     after = answer.json()["after"][0]
     assert after["macs"] == after["measured_macs"] <= 0.8 * cost(ARCHITECTURES[family]).macs
+    done = (
+        ["2 steps", "corrected", "fine-tuned"]
+        if correction != "none"
+        else ["2 steps", "fine-tuned"]
+    )
+    assert list(after["accuracy_after"]) == done
     loaded = create_model(Path(after["architecture"]).parent, pretrained=True)
     assert cost(loaded.architecture).macs == after["macs"]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import killed_prunes
 import pytest
 import torch
 from prune_cases import FAMILIES, random_network, random_plan
@@ -217,6 +220,42 @@ def test_a_stopped_iteration_ends_the_same(tmp_path: Path) -> None:
     prune(tmp_path / "cut", HALF, iterations=2, listener=rest)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
     assert rest.of("macs_50pct step 1/2: planning") == []
+
+
+KILLS = [
+    "2 basis",
+    "2 importance",
+    "5 importance",
+    "1 planning",
+    "4 correction",
+    "2 fine-tuning",
+    "1 before scores.safetensors",
+    "1 after scoring.safetensors",
+    "2 before architecture.yaml",
+    "2 after weights.safetensors",
+    "1 after plan.json",
+    "every 2 importance",
+]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """SIGKILL, start again: the same bytes as a run never stopped, and nothing left over."""
+    done = subprocess.run(
+        [sys.executable, killed_prunes.__file__, tmp_path, "1 never", *KILLS],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    starts = json.loads(done.stdout)
+    assert starts.pop("1 never") == 1
+    assert list(starts) == KILLS
+    assert all(count >= 2 for count in starts.values())
+    whole = files(tmp_path / "1_never")
+    assert len(whole) > 10
+    for moment in KILLS:
+        assert files(tmp_path / moment.replace(" ", "_")) == whole, moment
 
 
 @pytest.mark.parametrize("family", FAMILIES)

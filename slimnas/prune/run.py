@@ -20,6 +20,7 @@ from slimnas.prune.apply import apply_plan
 from slimnas.prune.calibration import Batches, Calibration
 from slimnas.prune.compose import compose
 from slimnas.prune.config import BudgetSpec, PruneConfig
+from slimnas.prune.correct import correct
 from slimnas.prune.costs import Budget, CostModel, amount_text
 from slimnas.prune.finetune import evaluate, finetune
 from slimnas.prune.found import (
@@ -45,6 +46,8 @@ BEFORE = "before.json"
 STEPS = "steps"
 UNTUNED = "before_finetuning.safetensors"
 TRAINING_STATE = "finetuning.safetensors"
+CORRECTION_IMAGES = 1000
+"""Images for correction, at most: it holds their feature maps."""
 
 
 class Listener(Protocol):
@@ -276,10 +279,10 @@ class _Run:
     def _corrected(
         self, step: _Step, source: Network, network: Network, selected: Selected
     ) -> Network:
-        from slimnas.prune.correct import correct
-
+        assert self.config.correction != "none"
         name = f"{step.name}: correction"
-        batches = Batches(self.origin.calibration.images, self.config.batch_size, self.device)
+        images, size = self.origin.calibration.images, self.config.batch_size
+        batches = Batches(images, size, self.device, limit=CORRECTION_IMAGES)
         return correct(
             source,
             network,
