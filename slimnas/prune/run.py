@@ -162,11 +162,14 @@ class _Run:
         path = self.folder / BEFORE
         if path.is_file():
             return load_metrics(path)
+        name = self.origin.accuracy_name
+        self.listener.stage("unpruned", 0, 1, "accuracy")
         metrics = {
             **self.origin.priced(self.original.architecture),
-            **self._accuracy(self.original, "unpruned", self.origin.accuracy_name),
+            **self._accuracy(self.original, "unpruned", name),
         }
         save_metrics(path, metrics)
+        self.listener.stage("unpruned", 1, 1, f"{metrics[name].value:.1f} %")
         return metrics
 
     def scored(self, network: Network, folder: Path, prefix: str = "") -> Scored:
