@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from slimnas.arch.architecture import Architecture
 from slimnas.nn.build import Network, build
+from slimnas.prune.scores import BlockScores, FloatArray, Scores, blocks_of, unit_shapes
 from slimnas.prune.widths import (
     BlockPlan,
     Indexes,
@@ -130,3 +133,31 @@ def random_embedding(architecture: Architecture, rng: random.Random) -> tuple[In
         fresh = tuple(sorted(rng.sample(range(width), count)))
         kept.append(kept[first] if first < i else fresh)
     return tuple(kept)
+
+
+def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
+    """Lognormal importance of every unit; a head is worth more than its dims."""
+    generator = np.random.default_rng(seed)
+
+    def some(shape: tuple[int, ...]) -> FloatArray:
+        return generator.lognormal(size=shape)
+
+    blocks = {}
+    for part in blocks_of(architecture):
+        shapes = unit_shapes(part)
+        values: dict[str, Any] = {kind: some(shape) for kind, shape in shapes.items()}
+        values["head"] = values["qk"].sum(1) + values["v"].sum(1) + 1
+        attention = float(values["head"].sum() * 1.1)
+        values |= {"attention_layer": attention, "ffn_layer": float(values["ffn"].sum() * 1.1)}
+        blocks[part.name] = BlockScores(**values)
+    return Scores(
+        criterion="random",
+        architecture=architecture.digest,
+        weights="",
+        data="",
+        images=0,
+        batch_size=0,
+        seed=seed,
+        blocks=blocks,
+        embedding=tuple(some((width,)) for width in architecture.widths),
+    )

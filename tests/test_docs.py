@@ -18,21 +18,26 @@ import pytest
 import torch
 from cli_world import save_table
 from PIL import Image
+from prune_cases import ARCHITECTURES, random_scores
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.space import SearchSpace
 from slimnas.cli.main import main
 from slimnas.data.splits import open_data
 from slimnas.nn.build import build
+from slimnas.prune.costs import parse_budget
+from slimnas.prune.ratios import RatioSet, channel_ratios
+from slimnas.prune.select import select
 from slimnas.supernet.supernet import Supernet
 from slimnas.supernet.train import TrainedSupernet, save_supernet, weights_digest
 from slimnas.zoo.entry import save_model
 from slimnas.zoo.metrics import Metric
-from slimnas.zoo.registry import add
+from slimnas.zoo.registry import add, get
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = Path("runs/efficientformer_tiny-digits-iphone12-1.6ms")
+PRUNED = Path("runs/prune-deit_tiny-train")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETUP = "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e "
 NEEDS_OTHER_DATA = ("shards/", "uoft-cs/", "parquet", "cifar10")
@@ -83,7 +88,21 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("slimnas.search.run.train_supernet", started)
     monkeypatch.setattr("slimnas.search.run._evaluator", started)  # with --supernet
     monkeypatch.setattr("slimnas.measure.build.build_table", started)
+    monkeypatch.setattr("slimnas.prune.pretrained.open_start", started)
+    save_pruned_run()
     return tmp_path
+
+
+def save_pruned_run() -> None:
+    """What `slimnas prune` leaves of a DeiT-T at one budget."""
+    source = get("deit_tiny").architecture
+    budget = parse_budget("macs", "0.9G", source)
+    chosen = select(source, random_scores(source), budget, name="deit_small_enough")
+    ratios = channel_ratios(source, chosen.architecture, chosen.plan, label="macs_0.9G")
+    RatioSet(source, (ratios,)).save_json(PRUNED / "channel_ratios.json")
+    small = ARCHITECTURES["vit"]  # found networks are exported: the smaller the faster
+    weights = build(small).state_dict()
+    save_model(PRUNED / "found" / "macs_0.9G", architecture=small, weights=weights, metrics={})
 
 
 def test_the_readme_begins_with_two_commands() -> None:
@@ -98,7 +117,7 @@ def test_the_readme_begins_with_two_commands() -> None:
 
 
 def test_it_looks_at_every_block() -> None:
-    assert len(SLIMNAS) == 31
+    assert len(SLIMNAS) == 41
     assert len(list(blocks("python"))) == 1
     assert len(list(blocks("yaml"))) == 2
     others = [line for _, line in commands() if not line.startswith("slimnas ")]
@@ -115,7 +134,12 @@ def test_commands(page: str, line: str, world: Path) -> None:
         supernet_of_the_run(Path(words[words.index("--supernet") + 1]))
     if words[:2] in (["zoo", "show"], ["zoo", "export"]) and words[2] == "fast":
         add(RUN, name="fast")
-    if words[0] == "search" or words[:2] == ["latency", "build"]:
+    if words[:2] == ["zoo", "export"] and words[2] == "deit_small_enough":
+        add(PRUNED / "found" / "macs_0.9G", name="deit_small_enough")
+    pruning = words[0] == "prune" and words[1] != "rules"
+    if pruning and "local-deit" in words:
+        save_table(Path("lookup_tables/local-deit"), SearchSpace.load("efficientformer_tiny"))
+    if pruning or words[0] == "search" or words[:2] == ["latency", "build"]:
         with pytest.raises(LongWorkError, match="all is well"):
             main(words)
     else:

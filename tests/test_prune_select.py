@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
-from prune_cases import ARCHITECTURES, FAMILIES
+from prune_cases import ARCHITECTURES, FAMILIES, random_scores
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import cost
 from slimnas.errors import PruneError
 from slimnas.prune.costs import Budget, CostKind, CostModel, amount_text, parse_budget
 from slimnas.prune.levels import State, make_levels
-from slimnas.prune.scores import BlockScores, FloatArray, Scores, blocks_of, unit_shapes
 from slimnas.prune.select import UNITS, Selected, select
 from slimnas.prune.steps import Steps, UnitKind
 from slimnas.zoo.registry import get
@@ -32,33 +30,6 @@ stages:
 head: {type: token, classes: 3}
 """
 )
-
-
-def random_scores(architecture: Architecture, seed: int = 0) -> Scores:
-    generator = np.random.default_rng(seed)
-
-    def some(shape: tuple[int, ...]) -> FloatArray:
-        return generator.lognormal(size=shape)
-
-    blocks = {}
-    for part in blocks_of(architecture):
-        shapes = unit_shapes(part)
-        values: dict[str, Any] = {kind: some(shape) for kind, shape in shapes.items()}
-        values["head"] = values["qk"].sum(1) + values["v"].sum(1) + 1
-        attention = float(values["head"].sum() * 1.1)
-        values |= {"attention_layer": attention, "ffn_layer": float(values["ffn"].sum() * 1.1)}
-        blocks[part.name] = BlockScores(**values)
-    return Scores(
-        criterion="random",
-        architecture=architecture.digest,
-        weights="",
-        data="",
-        images=0,
-        batch_size=0,
-        seed=seed,
-        blocks=blocks,
-        embedding=tuple(some((width,)) for width in architecture.widths),
-    )
 
 
 def all_states(architecture: Architecture) -> list[State]:
