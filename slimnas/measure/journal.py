@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slimnas._files import atomic_write_bytes
+from slimnas._jsonlines import json_line, parse_line, whole_lines
 from slimnas.errors import LatencyTableError, RunFolderError
 from slimnas.measure.timing import Round
 
@@ -71,8 +72,8 @@ class Journal:
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path = path
         self.visits: list[Visit] = []
-        first = _line({"schema": SCHEMA, **header})
-        whole = _whole_lines(path)
+        first = json_line({"schema": SCHEMA, **header})
+        whole = whole_lines(path, LatencyTableError)
         if whole:
             self._check(json.loads(first), whole[0])
             self.visits = [self._visit(i, line) for i, line in enumerate(whole[1:], start=2)]
@@ -93,7 +94,7 @@ class Journal:
         """
         try:
             with self.path.open("ab") as file:
-                file.write(_line(visit.to_dict()))
+                file.write(json_line(visit.to_dict()))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -101,7 +102,7 @@ class Journal:
         self.visits.append(visit)
 
     def _check(self, wanted: dict[str, Any], line: bytes) -> None:
-        found = _parse(line)
+        found = parse_line(line)
         if not isinstance(found, dict) or found.get("schema") != SCHEMA:
             raise LatencyTableError(
                 f"{self.path}:1: must begin with a {SCHEMA} header; remove the file to start anew"
@@ -116,35 +117,11 @@ class Journal:
 
     def _visit(self, number: int, line: bytes) -> Visit:
         try:
-            return Visit.from_dict(_parse(line))
+            return Visit.from_dict(parse_line(line))
         except (KeyError, TypeError, ValueError, IndexError):
             raise LatencyTableError(
                 f"{self.path}:{number}: damaged line; remove the file to start anew"
             ) from None
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of the file that end in a line feed and, for the last one, are whole."""
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise LatencyTableError(f"{path}: cannot be read ({error.strerror})") from error
-    if lines and (not lines[-1].endswith(b"\n") or _parse(lines[-1]) is None):
-        lines.pop()
-    return lines
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _line(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, separators=(",", ":")).encode() + b"\n"
 
 
 def _rounded(values: tuple[float, ...]) -> list[float]:

@@ -23,9 +23,10 @@ from slimnas.arch.documents import Spec
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.walk import Component
 from slimnas.errors import InputSizeError, WeightsError
-from slimnas.nn.efficientformer import FFN, LINEAR_INIT_STD, initialised
+from slimnas.nn.efficientformer import LINEAR_INIT_STD, initialised
 from slimnas.nn.layout import Layout, is_tracing, to_tokens
 from slimnas.nn.makers import Maker
+from slimnas.nn.transformer import TransformerBlock
 
 NORM_EPS = 1e-5
 MASKED = -100.0
@@ -194,10 +195,8 @@ class WindowAttention(nn.Module):
         return self.windows.join(self.proj(mixed), self.width)
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(TransformerBlock):
     """Window attention and FFN, both pre-norm and residual, on tokens (B, H*W, C).
-
-    A sub-layer of no heads or no hidden units is not there, and neither is its LayerNorm.
 
     Args:
         width: channels C.
@@ -207,12 +206,6 @@ class SwinBlock(nn.Module):
         ffn_dim: hidden width of the FFN; 0 for none.
         windows: how the map is cut.
     """
-
-    layout: ClassVar[Layout] = "tokens"
-    norm1: nn.LayerNorm | None
-    attn: WindowAttention | None
-    norm2: nn.LayerNorm | None
-    mlp: FFN | None
 
     def __init__(
         self,
@@ -224,24 +217,12 @@ class SwinBlock(nn.Module):
         ffn_dim: int,
         windows: Windows,
     ) -> None:
-        super().__init__()
-        self.norm1 = self.attn = self.norm2 = self.mlp = None
+        attn = None
         if heads:
-            self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-            self.attn = WindowAttention(
+            attn = WindowAttention(
                 width=width, heads=heads, qk_dim=qk_dim, v_dim=v_dim, windows=windows
             )
-        if ffn_dim:
-            self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-            self.mlp = FFN(width=width, ffn_dim=ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (B, H*W, C) to the same shape."""
-        if self.norm1 is not None and self.attn is not None:
-            x = x + self.attn(self.norm1(x))
-        if self.norm2 is not None and self.mlp is not None:
-            x = x + self.mlp(self.norm2(x))
-        return x
+        super().__init__(width=width, attn=attn, ffn_dim=ffn_dim, eps=NORM_EPS)
 
 
 class SwinStem(nn.Module):

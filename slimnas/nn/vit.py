@@ -19,9 +19,10 @@ from slimnas.arch import vit as specs
 from slimnas.arch.documents import Spec
 from slimnas.arch.walk import Component
 from slimnas.errors import InputSizeError
-from slimnas.nn.efficientformer import FFN, LINEAR_INIT_STD, initialised
+from slimnas.nn.efficientformer import LINEAR_INIT_STD, initialised
 from slimnas.nn.layout import Layout, is_tracing, to_tokens
 from slimnas.nn.makers import Maker
+from slimnas.nn.transformer import TransformerBlock
 
 CLASS_TOKEN_INIT_STD = 1e-6
 NORM_EPS = 1e-6
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         return x.reshape(-1, self.tokens, self.heads, dim).transpose(1, 2)
 
 
-class ViTBlock(nn.Module):
+class ViTBlock(TransformerBlock):
     """Attention and FFN, both pre-norm and residual, on tokens (B, N, C).
 
     Args:
@@ -126,33 +127,13 @@ class ViTBlock(nn.Module):
         ffn_dim: hidden width of the FFN; 0 leaves it out.
     """
 
-    layout: ClassVar[Layout] = "tokens"
-    norm1: nn.LayerNorm | None
-    attn: Attention | None
-    norm2: nn.LayerNorm | None
-    mlp: FFN | None
-
     def __init__(
         self, *, width: int, tokens: int, heads: int, qk_dim: int, v_dim: int, ffn_dim: int
     ) -> None:
-        super().__init__()
-        self.norm1 = self.attn = self.norm2 = self.mlp = None
+        attn = None
         if heads:
-            self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-            self.attn = Attention(
-                width=width, tokens=tokens, heads=heads, qk_dim=qk_dim, v_dim=v_dim
-            )
-        if ffn_dim:
-            self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-            self.mlp = FFN(width=width, ffn_dim=ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (B, N, C) to the same shape."""
-        if self.norm1 is not None and self.attn is not None:
-            x = x + self.attn(self.norm1(x))
-        if self.norm2 is not None and self.mlp is not None:
-            x = x + self.mlp(self.norm2(x))
-        return x
+            attn = Attention(width=width, tokens=tokens, heads=heads, qk_dim=qk_dim, v_dim=v_dim)
+        super().__init__(width=width, attn=attn, ffn_dim=ffn_dim, eps=NORM_EPS)
 
 
 class TokenHead(nn.Module):

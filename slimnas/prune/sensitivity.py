@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slimnas._files import atomic_write_bytes, atomic_write_text
+from slimnas._jsonlines import json_line, parse_line, whole_lines
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import PruneError, RunFolderError
 from slimnas.nn.build import Network
@@ -278,13 +278,13 @@ class _Journal:
         self.known: dict[Task, SensitivityPoint] = {}
         if path is None:
             return
-        lines = _whole_lines(path)
+        lines = whole_lines(path, PruneError)
         if lines:
-            self._check(_parse(lines[0]), header)
+            self._check(parse_line(lines[0]), header)
             for number, line in enumerate(lines[1:], start=2):
-                self._add(_parse(line), number)
+                self._add(parse_line(line), number)
         # What stands behind the last whole line is the start of one that was never finished.
-        atomic_write_bytes(path, b"".join(lines) or _line(header))
+        atomic_write_bytes(path, b"".join(lines) or json_line(header))
 
     def find(self, block: str, kind: SensitivityKind, share: float) -> SensitivityPoint | None:
         return self.known.get((block, kind, share))
@@ -294,7 +294,7 @@ class _Journal:
             return
         try:
             with self.path.open("ab") as file:
-                file.write(_line(asdict(point)))
+                file.write(json_line(asdict(point)))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -323,29 +323,6 @@ class _Journal:
                 f"{self.path}:{number}: damaged line; remove the file to start anew"
             ) from None
         self.known[point.block, point.kind, point.share] = point
-
-
-def _whole_lines(path: Path) -> list[bytes]:
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise PruneError(f"{path}: cannot be read ({error.strerror})") from error
-    if lines and (not lines[-1].endswith(b"\n") or _parse(lines[-1]) is None):
-        lines.pop()
-    return lines
-
-
-def _line(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, separators=(",", ":")).encode() + b"\n"
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def _digest(batches: Batches) -> tuple[str, int]:
