@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -50,6 +50,7 @@ def correct(
     batches: Iterable[tuple[Tensor, Tensor]],
     method: Correction = "least_squares",
     *,
+    importance: Mapping[str, Tensor] | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> Network:
     """A copy of `pruned` whose sub-layers are fitted to the residual stream of `original`.
@@ -62,6 +63,8 @@ def correct(
         plan: the plan that was applied.
         batches: images (B, c, H, W) and labels (B,), a few hundred.
         method: `bias` or `least_squares`.
+        importance: `position_importance` of `original` on these images, if it is at hand; it is
+            the same for every budget.
         on_layer: called after every block with blocks done and blocks in all.
 
     Returns:
@@ -87,7 +90,8 @@ def correct(
     given = list(batches)
     if not given:
         raise PruneError("correction: must see at least one image, got none")
-    importance = position_importance(source, given)
+    if importance is None:
+        importance = position_importance(source, given)
     first = next(source.parameters())
     streams = _Streams.start([images.to(first.device, first.dtype) for images, _ in given])
     names = {before.name: after for before, after in survivors(plan, *_pair(source, corrected))}
