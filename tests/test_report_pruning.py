@@ -20,7 +20,7 @@ from slimnas.prune.ratios import RatioSet, channel_ratios
 from slimnas.prune.sensitivity import sensitivity
 from slimnas.prune.taylor import score
 from slimnas.prune.widths import BlockPlan, WidthPlan, attention_dims, block_components
-from slimnas.report.figures import HEAT, HEAT_STEPS
+from slimnas.report.figures import HEAT, HEAT_STEPS, svg_bytes
 from slimnas.report.pruning import FIGURE_NAMES, PrunedNetwork, PruneReport, write_report
 from slimnas.report.pruning_curves import DROP_EDGES, importance_figure, sensitivity_figure
 from slimnas.report.pruning_figures import ParetoPoint, channel_ratios_figure, pareto_figure
@@ -95,8 +95,9 @@ def test_bars_of_channel_ratios(
     assert min(heights) > 0.02
 
 
-def test_parts_that_are_gone_are_crossed_and_stages_are_parted() -> None:
-    figure = channel_ratios_figure(ratios_of("swin_tiny", (0.5,), gone=11))
+@pytest.mark.parametrize("width_in", [9.0, 4.0])
+def test_parts_that_are_gone_are_crossed_and_stages_are_parted(width_in: float) -> None:
+    figure = channel_ratios_figure(ratios_of("swin_tiny", (0.5,), gone=11), width_in)
     attention, ffn = figure.axes
     crosses = [line for line in attention.lines if line.get_marker() == "x"]
     assert sum(len(line.get_xdata()) for line in crosses) == 3  # type: ignore[arg-type]
@@ -148,14 +149,16 @@ def test_colours_of_the_heat_map() -> None:
     assert given == [tuple(bytes.fromhex(light[1:])) for light, _ in HEAT]
 
 
-def test_pareto() -> None:
-    points = [ParetoPoint("one shot", 900, 60.0), ParetoPoint("corrected", 900, 70.0)]
-    star = ParetoPoint("m, unpruned", 1200, 80.0)
+@pytest.mark.parametrize(("scale", "unit"), [(10**6, "GMACs"), (10**4, "MMACs")])
+def test_pareto(scale: int, unit: str) -> None:
+    points = [ParetoPoint(name, 900 * scale, top1) for name, top1 in (("a", 60.0), ("b", 70.0))]
+    star = ParetoPoint("m, unpruned", 1200 * scale, 80.0)
     figure = pareto_figure(points, star, error_points=1.5)
     (axes,) = figure.axes
+    assert axes.get_xlabel() == f"{unit} for one image"
     legend = axes.get_legend()
     assert legend is not None
-    assert [t.get_text() for t in legend.get_texts()] == ["one shot", "corrected", "m, unpruned"]
+    assert [t.get_text() for t in legend.get_texts()] == ["a", "b", "m, unpruned"]
     assert {t.get_text() for t in axes.texts} == {"60.0", "70.0", "80.0"}
 
 
@@ -253,3 +256,16 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written"):
         write_report(sample_report(), tmp_path / "file" / "below")
+
+
+def test_a_figure_drawn_again_has_the_same_bytes_and_whole_references() -> None:
+    report = sample_report()
+    found = report.sensitivity
+    assert found is not None
+    drawn = {svg_bytes(sensitivity_figure(found, report.source, 4.0)) for _ in range(4)}
+    (text,) = (svg.decode() for svg in drawn)
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]*)', text))
+    assert len(set(ids)) == len(ids)
+    assert used
+    assert used <= set(ids)

@@ -134,7 +134,14 @@ def svg_bytes(figure: Figure, *, transparent: bool = False) -> bytes:
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with drawing_style():
         figure.savefig(buffer, format="svg", metadata=metadata, transparent=transparent)
-    return buffer.getvalue()
+    return _numbered(buffer.getvalue().decode("utf-8")).encode("utf-8")
+
+
+def _numbered(svg: str) -> str:
+    """Ids by number: matplotlib hashes them from places whose last bits a layout solver varies."""
+    ids = dict.fromkeys(re.findall(r'\bid="(\w*[0-9a-f]{10})"', svg))
+    names = {old: f"i{number}" for number, old in enumerate(ids)}
+    return re.sub(r'((?:\bid=|href=)"#?|url\(#)(\w+)', lambda m: m[1] + names.get(m[2], m[2]), svg)
 
 
 def inline_svg(figure: Figure, key: str, label: str) -> str:
