@@ -62,7 +62,8 @@ def importance_figure(
             axes.set_title(TITLES[kind], loc="left", fontsize=8.5, color=ink("ink"), pad=13)
             if plan is not None:
                 _write_kept(axes, plan, scores, names, kind)
-        axes.set_xlabel("block")
+        parted = "; dashed lines part the stages" if axis.boundaries else ""
+        axes.set_xlabel(f"block{parted}")
         _importance_legend(figure, plan, kinds, left_in / width_in)
     return figure
 

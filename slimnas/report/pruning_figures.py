@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from slimnas.arch.cost import cost
+from slimnas.prune.costs import amount_text
 from slimnas.prune.ratios import TITLES, BlockRatios, ChannelRatios, RatioKind, RatioSet
 from slimnas.report.figures import HEAT, WIDE_IN, drawing_style, ink, is_narrow
 
@@ -31,6 +32,12 @@ PITCH = 0.84
 MARKERS = ("o", "s", "D", "^", "v", "P")
 SERIES = ("target", "mb4d", "width", "mb3d", "other", "ink")
 """Colours of a Pareto figure's series, by name in the palette."""
+
+SMALLEST_IN_G = 1e8
+"""MACs from which networks are given in GMACs; smaller ones in millions."""
+
+STAGE_IN = 0.38
+"""Width that the word `stage` and its number take."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +94,9 @@ class BlockAxis:
         if names and self.boundaries:
             for stage, run in groupby(range(count), key=self.stages.__getitem__):
                 mine = list(run)
-                word = "stage" if len(mine) > 1 and not narrow else ""
+                room_in = axes.bbox.width / axes.figure.dpi * len(mine) / count
                 axes.annotate(
-                    f"{word} {stage + 1}".strip(),
+                    f"stage {stage + 1}" if room_in > STAGE_IN else str(stage + 1),
                     ((mine[0] + mine[-1]) / 2, 1.0),
                     xycoords=("data", "axes fraction"),
                     xytext=(0, 2),
@@ -136,7 +143,7 @@ def channel_ratios_figure(ratios: RatioSet, width_in: float = WIDE_IN) -> Figure
                     axes.set_xlabel("block")
                 top += panel.height + panel.gap
         figure.text(
-            0.012,
+            0.03 / width_in,
             1 - (legend + (height_in - legend - bottom) / 2) / height_in,
             "output channels / embedding width",
             rotation=90,
@@ -164,14 +171,16 @@ def pareto_figure(
         error_points: standard error of an accuracy, in percentage points; drawn at the star.
     """
     series = list(dict.fromkeys(point.series for point in points))
+    scale, unit = (1e9, "GMACs") if unpruned.macs >= SMALLEST_IN_G else (1e6, "MMACs")
+    star = (unpruned.macs / scale, unpruned.top1)
     with drawing_style():
         figure = Figure(
             figsize=(width_in, 3.3 if is_narrow(width_in) else 3.6), layout="constrained"
         )
         axes = figure.add_subplot()
         for name, colour, marker in zip(series, SERIES, MARKERS, strict=False):
-            mine = sorted((p.macs / 1e9, p.top1) for p in points if p.series == name)
-            line = [*mine, (unpruned.macs / 1e9, unpruned.top1)]
+            mine = sorted((p.macs / scale, p.top1) for p in points if p.series == name)
+            line = [*mine, star]
             axes.plot(*zip(*line, strict=True), color=ink(colour), lw=1.3, zorder=2)
             axes.plot(
                 *zip(*mine, strict=True),
@@ -186,7 +195,6 @@ def pareto_figure(
             )
             for macs, top1 in mine:
                 _value(axes, (macs, top1), below=name != series[-1])
-        star = (unpruned.macs / 1e9, unpruned.top1)
         if error_points is not None:
             axes.errorbar(*star, yerr=error_points, color=ink("edge"), lw=1.2, capsize=3, zorder=1)
         axes.plot(
@@ -200,7 +208,7 @@ def pareto_figure(
             zorder=4,
         )
         _value(axes, star, below=False)
-        axes.set(xlabel="GMACs for one image", ylabel="top-1, %")
+        axes.set(xlabel=f"{unit} for one image", ylabel="top-1, %")
         axes.grid()
         axes.set_axisbelow(True)
         axes.margins(x=0.08, y=0.14)
@@ -291,7 +299,7 @@ def _budget_title(
     figure.text(
         x,
         y,
-        f"{budget.label}: {budget.macs / 1e9:.3f} GMACs, {share} of unpruned",
+        f"{budget.label}: {amount_text('macs', budget.macs)}, {share} of unpruned",
         fontsize=8.5,
         va="top",
     )
