@@ -10,8 +10,9 @@ from slimnas.arch.architecture import Architecture
 from slimnas.nn.build import Network, build
 from slimnas.prune.calibration import Calibration, DataRequest, open_calibration
 from slimnas.prune.config import BudgetSpec, PruneConfig, claim
+from slimnas.prune.measured import Meter
 from slimnas.prune.pretrained import Start
-from slimnas.prune.run import PruneResult, run_prune
+from slimnas.prune.run import PruneResult, measure_result, run_prune
 from slimnas.zoo.weights import save_weights
 
 VIT = """schema: slimnas/architecture/1
@@ -84,7 +85,11 @@ def calibration(start: Network, images: int = 60) -> Calibration:
 
 
 def prune(
-    folder: Path, *budgets: BudgetSpec, listener: Events | None = None, **changes: object
+    folder: Path,
+    *budgets: BudgetSpec,
+    listener: Events | None = None,
+    meter: Meter | None = None,
+    **changes: object,
 ) -> PruneResult:
     """Run to the end in `folder`."""
     start = network()
@@ -103,11 +108,13 @@ def prune(
     }
     config = PruneConfig.model_validate(settings)
     claim(folder, config)
-    return run_prune(
+    listener = listener or Events()
+    result = run_prune(
         config,
         Start(start, "mini", "made up", None),
         images,
         folder,
-        listener=listener or Events(),
+        listener=listener,
         prune_on="cpu",
     )
+    return result if meter is None else measure_result(result, folder, meter, listener)

@@ -22,10 +22,11 @@ COMMANDS = {
         "--supernet --target-latency --tau-end --tau-start --train-on"
     ),
     "slimnas prune": (
-        "--basis --batch-size --correction --criterion --data --device --distillation "
+        "--basis --batch-size --clock --correction --criterion --data --device --distillation "
         "--finetune-between --finetune-epochs --images --iterations --json --labels --latency --lr "
-        "--macs --method --model --output --params --prune-on --ratio --report --round-to --scores "
-        "--seed --skip-bad-images --temperature --test-data --units --weights"
+        "--macs --measure --method --model --output --params --prune-on --ratio --report "
+        "--round-to --scores --seed --skip-bad-images --temperature --test-data --threads --units "
+        "--weights"
     ),
     "slimnas prune rules": (
         "--depth-dependent --device --json --latency --macs --name --output --params --round-to "

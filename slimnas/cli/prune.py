@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from slimnas.cli.latency_build import Clock
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 from slimnas.cli.prune_inputs import Asked, check_before, open_inputs
 from slimnas.cli.prune_rules import rules
@@ -63,6 +64,17 @@ class Correction(str, Enum):
     NONE = "none"
     BIAS = "bias"
     LEAST_SQUARES = "least_squares"
+
+
+class Measure(str, Enum):
+    """What networks are timed with in the end."""
+
+    AUTO = "auto"
+    NONE = "none"
+    ONNXRUNTIME = "onnxruntime"
+    OPENVINO = "openvino"
+    EXECUTORCH = "executorch"
+    TORCH = "torch"
 
 
 class Report(str, Enum):
@@ -150,6 +162,17 @@ def prune(
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be decoded.")
     ] = False,
+    measure: Annotated[
+        Measure,
+        typer.Option(help="Time the results here in this runtime; auto: as --device was, if here."),
+    ] = Measure.AUTO,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to measure on.", show_default="1")
+    ] = None,
+    clock: Annotated[
+        Clock | None,
+        typer.Option(help="cpu: for machines never idle, one thread.", show_default="wall"),
+    ] = None,
     prune_on: Annotated[PruneOn, typer.Option(help="Where networks run.")] = PruneOn.AUTO,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     as_json: JsonOption = False,
@@ -200,6 +223,9 @@ def prune(
         },
         prune_on=prune_on.value,
         reports=tuple(dict.fromkeys(kind.value for kind in report or ())),
+        measure=measure.value,
+        threads=threads,
+        clock=None if clock is None else clock.value,
     )
     _prune(asked, output, as_json)
 

@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from slimnas.cli.prune_progress import PruneProgress
     from slimnas.latency.table import LatencyTable
     from slimnas.prune.calibration import Calibration
-    from slimnas.prune.config import BudgetSpec, PruneConfig
+    from slimnas.prune.config import BudgetSpec, MeasureSpec, PruneConfig
     from slimnas.prune.pretrained import Start
     from slimnas.prune.scored import Scored
     from slimnas.train.loop import StepReport
+
+
+AUTO, NONE = "auto", "none"
+"""Values of `--measure` besides runtimes."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Asked:
         budgets: kind and text of each.
         settings: those that `PruneConfig` takes as they are.
         reports: what `--report` asks for.
+        measure: a runtime to time the networks with, `auto` or `none`.
+        threads, clock: for that; None where they were not given.
     """
 
     model: str
@@ -42,6 +48,9 @@ class Asked:
     settings: dict[str, Any]
     prune_on: str
     reports: tuple[str, ...]
+    measure: str
+    threads: int | None
+    clock: str | None
 
     @property
     def seed(self) -> int:
@@ -76,6 +85,7 @@ def check_before(asked: Asked) -> None:
         SlimnasError: one line.
     """
     from slimnas.errors import PruneError, suggest
+    from slimnas.prune.measured import open_meter
     from slimnas.prune.taylor import CRITERIA
     from slimnas.zoo.registry import get
 
@@ -89,6 +99,12 @@ def check_before(asked: Asked) -> None:
         raise PruneError(
             "--method exact: cannot weigh embedding channels; use greedy, or other --units"
         )
+    measure = _measure(asked, None)
+    if measure is not None:
+        open_meter(measure)
+    elif (asked.threads or asked.clock) and (asked.measure == NONE or asked.device is None):
+        given = "--threads" if asked.threads else "--clock"
+        raise PruneError(f"{given}: is for measuring; give --measure RUNTIME as well")
     entry = get(asked.model)
     for kind, text in asked.budgets:
         if kind == "latency_ms" and asked.device is None:
@@ -107,6 +123,7 @@ def open_inputs(asked: Asked, folder: Path, progress: PruneProgress) -> Inputs:
     from slimnas.latency.devices import find_device, provenance_line
     from slimnas.nn.tensorfiles import tensors_digest
     from slimnas.prune.config import PruneConfig
+    from slimnas.prune.measured import open_meter
     from slimnas.prune.scored import load_scored
     from slimnas.train.loop import accelerator_for
 
@@ -115,6 +132,9 @@ def open_inputs(asked: Asked, folder: Path, progress: PruneProgress) -> Inputs:
     if asked.device is not None:
         table = find_device(asked.device)
         note(f"latency table: {provenance_line(table)}")
+    measure = _measure(asked, table)
+    if measure is not None:
+        open_meter(measure)
     start = _start(asked, folder, progress)
     architecture = start.network.architecture
     budgets = _budget_specs(asked, architecture, table)
@@ -135,11 +155,25 @@ def open_inputs(asked: Asked, folder: Path, progress: PruneProgress) -> Inputs:
             "budgets": [budget.model_dump() for budget in budgets],
             "table_digest": None if table is None else _digest(table),
             "scores_digest": None if scored is None else _file_digest(asked.scores),
+            "measure": None if measure is None else measure.model_dump(),
         },
         source="command line",
     )
     _refuse_unreachable(config, start, table)
     return Inputs(config, start, calibration, table, scored)
+
+
+def _measure(asked: Asked, table: LatencyTable | None) -> MeasureSpec | None:
+    """How to time the networks: as asked, else as a table of this machine was measured."""
+    from slimnas.prune.config import MeasureSpec
+    from slimnas.prune.measured import spec_of_table
+
+    given = {"threads": asked.threads, "clock": asked.clock}
+    changes = {key: value for key, value in given.items() if value is not None}
+    if asked.measure not in (AUTO, NONE):
+        return MeasureSpec.model_validate({"runtime": asked.measure, **changes})
+    spec = spec_of_table(table) if asked.measure == AUTO and table is not None else None
+    return None if spec is None else MeasureSpec.model_validate({**spec.model_dump(), **changes})
 
 
 def _start(asked: Asked, folder: Path, progress: PruneProgress) -> Start:

@@ -13,8 +13,10 @@ from slimnas.cli.output import shown_path
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from slimnas.arch.architecture import Architecture
     from slimnas.prune.config import PruneConfig
     from slimnas.prune.found import Pruned
+    from slimnas.prune.measured import Session
     from slimnas.prune.ratios import RatioSet
     from slimnas.prune.run import PruneResult
 
@@ -31,6 +33,7 @@ def json_body(
     """The JSON object of a run; top1 is null where labels are the model's own predictions."""
     from slimnas.prune.found import LATENCY, MACS, PARAMS
 
+    setup = result.setup
     before = {name: metric.value for name, metric in result.before.items()}
     accuracy = before[result.accuracy_name]
     return {
@@ -41,11 +44,13 @@ def json_body(
         "labels": result.calibration.labels,
         "test_labels": result.calibration.test_labels,
         "test_images": len(result.calibration.test),
+        "measured_with": None if setup is None else setup.model_dump(mode="json"),
         "before": {
             "params": int(before[PARAMS]),
             "macs": int(before[MACS]),
             **_accuracy(result, accuracy),
             "latency_ms": before.get(LATENCY),
+            **_measured(result, result.start.network.architecture),
         },
         "after": [
             {**_after(result, config, found), "blocks": _blocks(ratios, number)}
@@ -73,15 +78,17 @@ def _print_budgets(console: Console, result: PruneResult) -> None:
 
     from slimnas.prune.found import AGREEMENT, LATENCY, MACS, PARAMS
 
+    setup = result.setup
     judged = "agreement" if result.accuracy_name == AGREEMENT else "top-1"
     table = Table(box=None, pad_edge=False)
     table.add_column("network", no_wrap=True)
-    for heading in ("params M", "GMACs", "MACs left", "latency ms", judged):
+    timed = () if setup is None else ("measured ms", "times as fast")
+    for heading in ("params M", "GMACs", "MACs left", "latency ms", judged, *timed):
         table.add_column(heading, justify="right", no_wrap=True)
     whole = result.before[MACS].value
-    rows = [("unpruned", result.before)]
-    rows += [(found.budget.label, found.metrics) for found in result.found]
-    for name, metrics in rows:
+    rows = [("unpruned", result.before, result.start.network.architecture)]
+    rows += [(found.budget.label, found.metrics, found.architecture) for found in result.found]
+    for name, metrics, architecture in rows:
         latency = metrics.get(LATENCY)
         table.add_row(
             name,
@@ -90,6 +97,7 @@ def _print_budgets(console: Console, result: PruneResult) -> None:
             f"{100 * metrics[MACS].value / whole:.1f} %",
             "-" if latency is None else f"{latency.value:.3f}",
             f"{metrics[result.accuracy_name].value:.1f} %",
+            *_measured_cells(result, architecture),
         )
     console.print(table)
     meaning = (
@@ -103,6 +111,33 @@ def _print_budgets(console: Console, result: PruneResult) -> None:
         highlight=False,
         markup=False,
     )
+    for session in _sessions(result):
+        said = f"measured: {session.provenance}; in brackets interquartile ranges"
+        console.print(said, highlight=False, markup=False)
+
+
+def _measured_cells(result: PruneResult, architecture: Architecture) -> tuple[str, ...]:
+    known = (
+        None if result.setup is None else result.measured.find(result.setup, architecture.digest)
+    )
+    if known is None:
+        return ()
+    timed = known[1]
+    return (
+        f"{timed.latency_ms:.3f} ({timed.latency_iqr_ms:.3f})",
+        f"{timed.speed_up:.3f} ({timed.speed_up_iqr:.3f})",
+    )
+
+
+def _sessions(result: PruneResult) -> list[Session]:
+    """Those that the measured figures come from; budgets added later have another one."""
+    found: list[Session] = []
+    networks = [result.start.network.architecture, *(one.architecture for one in result.found)]
+    for network in networks:
+        known = None if result.setup is None else result.measured.find(result.setup, network.digest)
+        if known is not None and known[0] not in found:
+            found.append(known[0])
+    return found
 
 
 def _print_blocks(console: Console, ratios: RatioSet, number: int) -> None:
@@ -136,11 +171,28 @@ def _after(result: PruneResult, config: PruneConfig, found: Pruned) -> dict[str,
         **_accuracy(result, accuracy),
         "accuracy_after": treatments(result, config, found),
         "latency_ms": found.value(LATENCY),
+        **_measured(result, found.architecture),
         "removed_importance": found.value(REMOVED),
         "greedy_gap": found.value(GAP),
         "architecture": shown_path(found.folder / "architecture.yaml"),
         "weights": shown_path(found.folder / "weights.safetensors"),
         "plan": shown_path(found.folder / "plan.json"),
+    }
+
+
+def _measured(result: PruneResult, architecture: Architecture) -> dict[str, Any]:
+    """Measured figures; null where nothing was measured."""
+    known = (
+        None if result.setup is None else result.measured.find(result.setup, architecture.digest)
+    )
+    timed = None if known is None else known[1]
+    return {
+        "measured_latency_ms": None if timed is None else timed.latency_ms,
+        "measured_latency_iqr_ms": None if timed is None else timed.latency_iqr_ms,
+        "measured_speed_up": None if timed is None else timed.speed_up,
+        "measured_speed_up_iqr": None if timed is None else timed.speed_up_iqr,
+        "measured_rounds": None if timed is None else timed.n,
+        "measured_on": None if known is None else known[0].date,
     }
 
 

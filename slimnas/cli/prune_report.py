@@ -51,6 +51,7 @@ def write_reports(
         scores=result.scored.scores,
         sensitivity=_sensitivity(result, folder, progress) if "sensitivity" in kinds else None,
         latency_ms={} if latency is None else {"by table": latency.value},
+        measured=result.measured,
         provenance={
             "model": start.name,
             "weights": start.source,

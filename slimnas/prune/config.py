@@ -44,6 +44,20 @@ class BudgetSpec(Spec):
         return f"{kind}_{''.join(c if c.isalnum() or c in '._-' else '_' for c in asked)}"
 
 
+class MeasureSpec(Spec):
+    """How the found networks are timed.
+
+    Attributes:
+        runtime: a runtime's name.
+        threads: that one call runs on.
+        clock: `wall`, or `cpu` for the CPU time of the one thread.
+    """
+
+    runtime: str
+    threads: Whole = 1
+    clock: Literal["wall", "cpu"] = "wall"
+
+
 class PruneConfig(Spec):
     """Settings of a pruning run; equal settings give equal results on the CPU.
 
@@ -72,6 +86,7 @@ class PruneConfig(Spec):
         table_digest: of the latency table, if one is used.
         scores_digest: of a score file that was given.
         seed: of everything random.
+        measure: how latency is measured, besides what any table says; None for not at all.
     """
 
     model: str
@@ -98,6 +113,7 @@ class PruneConfig(Spec):
     table_digest: str | None = None
     scores_digest: str | None = None
     seed: Annotated[int, Field(strict=True, ge=0)] = 0
+    measure: MeasureSpec | None = None
 
     def save(self, path: Path) -> None:
         """Write JSON atomically."""
@@ -124,7 +140,7 @@ class PruneConfig(Spec):
 def claim(folder: Path, config: PruneConfig) -> None:
     """Write `config` into a new run folder, or check that an old one has the same.
 
-    Budgets may be added to a run, whose scores serve them all.
+    Budgets may be added to a run, whose scores serve them all, and so may measurements.
 
     Raises:
         RunFolderError: names the settings that differ.
@@ -137,7 +153,7 @@ def claim(folder: Path, config: PruneConfig) -> None:
 
 
 def _refuse_other_run(folder: Path, old: PruneConfig, new: PruneConfig) -> None:
-    before, now = (_flat(c.model_dump(mode="json", exclude={"budgets"})) for c in (old, new))
+    before, now = _settled(old), _settled(new)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         named = ", ".join(
@@ -148,6 +164,11 @@ def _refuse_other_run(folder: Path, old: PruneConfig, new: PruneConfig) -> None:
             f"{folder}: holds a run with other settings ({named}{more}); give the same ones to go "
             "on with it, or another --output"
         )
+
+
+def _settled(config: PruneConfig) -> dict[str, Any]:
+    """What later commands in the same folder must agree with."""
+    return _flat(config.model_dump(mode="json", exclude={"budgets", "measure"}))
 
 
 def _shown(key: str, settings: Mapping[str, Any]) -> str:

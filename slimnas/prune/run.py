@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -33,12 +34,14 @@ from slimnas.prune.found import (
     save_found,
     selection_metrics,
 )
+from slimnas.prune.measured import FILE as MEASURED
+from slimnas.prune.measured import Measured, Meter, Setup, measure, open_meter
 from slimnas.prune.pretrained import Start
 from slimnas.prune.scored import Scored, Scoring, scored_network
 from slimnas.prune.select import Selected, select
 from slimnas.prune.widths import WidthPlan
 from slimnas.train.loop import StepReport, accelerator_for
-from slimnas.zoo.entry import FOUND, WEIGHTS
+from slimnas.zoo.entry import FOUND, METRICS, WEIGHTS
 from slimnas.zoo.metrics import Metrics, load_metrics, save_metrics
 from slimnas.zoo.weights import load_weights, save_weights
 
@@ -68,6 +71,8 @@ class PruneResult:
         before: figures of the unpruned network.
         found: one network per budget, in the order of the budgets.
         accuracy_name: key of the accuracy among figures.
+        measured: latencies measured in the folder so far.
+        setup: which of them this run asked for; None for none.
     """
 
     start: Start
@@ -76,6 +81,8 @@ class PruneResult:
     before: Metrics
     found: tuple[Pruned, ...]
     accuracy_name: str
+    measured: Measured
+    setup: Setup | None = None
 
 
 def run_prune(
@@ -105,8 +112,10 @@ def run_prune(
         PruneError: a budget that cannot be met, importance that is not finite.
         MissingLatencyError: the table cannot price a width.
         WeightsError, RunFolderError, SpecError: a damaged or foreign file in the folder.
-        RuntimeUnavailableError: this machine lacks `prune_on`.
+        RuntimeUnavailableError: this machine lacks `prune_on`, or the runtime to measure with.
+        LatencyTableError: the machine is too busy to measure on; everything else is done.
     """
+    meter = None if config.measure is None else open_meter(config.measure)
     remove_leftovers(folder)
     device = accelerator_for(prune_on).device
     run = _Run(Origin(config, start, calibration, table, device), folder, listener, prune_on)
@@ -115,7 +124,49 @@ def run_prune(
         scored = run.scored(start.network, folder)
     scored.network.to(device)
     found = tuple(run.pruned(budget, scored) for budget in config.budgets)
-    return PruneResult(start, calibration, scored, before, found, run.origin.accuracy_name)
+    result = PruneResult(
+        *(start, calibration, scored, before, found, run.origin.accuracy_name),
+        measured=Measured.load(folder / MEASURED),
+    )
+    return result if meter is None else measure_result(result, folder, meter, listener)
+
+
+def measure_result(
+    result: PruneResult, folder: Path, meter: Meter, listener: Listener
+) -> PruneResult:
+    """Time the unpruned network and all found, and add that to their figures in the folder.
+
+    Args:
+        result: of the run.
+        folder: the run folder, locked by the caller.
+        meter: what times them.
+        listener: told how it goes.
+
+    Raises:
+        LatencyTableError, ExportError, SpecError: see `slimnas.prune.measured.measure`.
+    """
+    title, unpruned = f"measuring with {meter.setup.title}", result.start.network
+    measured = measure(
+        meter,
+        unpruned,
+        [partial(_load, one.folder, one.architecture) for one in result.found],
+        [one.architecture.digest for one in result.found],
+        folder / MEASURED,
+        on_visit=lambda done, total: listener.stage(title, done, total),
+    )
+
+    def added(metrics: Metrics, architecture: Architecture, path: Path) -> Metrics:
+        whole = {**metrics, **measured.metrics(meter.setup, architecture.digest)}
+        if whole != metrics:
+            save_metrics(path, whole)
+        return whole
+
+    found = tuple(
+        replace(one, metrics=added(one.metrics, one.architecture, one.folder / METRICS))
+        for one in result.found
+    )
+    before = added(result.before, unpruned.architecture, folder / BEFORE)
+    return replace(result, before=before, found=found, measured=measured, setup=meter.setup)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import CostReport, cost
 from slimnas.errors import PruneError, suggest
 from slimnas.prune.findings import Finding, published_findings
+from slimnas.prune.measured import Measured, Setup, Timed
 from slimnas.prune.ratios import KINDS, TITLES, RatioSet, channel_ratios
 from slimnas.prune.scores import Scores
 from slimnas.prune.sensitivity import Sensitivity
@@ -44,7 +45,7 @@ class PrunedNetwork:
         plan: from the unpruned network to it.
         top1: accuracy in percent by what was done, in that order: `one shot`, `corrected`,
             `fine-tuned`; empty where none was measured.
-        latency_ms: milliseconds by where they come from: a table's name, `measured: ...`.
+        latency_ms: milliseconds by the table they come from.
         method: how units were chosen.
         gap: how far the choice is from the optimum, relative; None where it is not known.
         folder: where architecture and weights are.
@@ -80,6 +81,7 @@ class PruneReport:
         scores: importance of the units, for the importance figure.
         sensitivity: for the sensitivity figure.
         latency_ms: of the unpruned network, under the keys of the pruned ones.
+        measured: latencies measured side by side.
         provenance: model, weights, data, criterion, basis, seed: whatever decides the numbers.
         versions: package name to version.
         command: the command line that started the run.
@@ -97,6 +99,7 @@ class PruneReport:
     scores: Scores | None = None
     sensitivity: Sensitivity | None = None
     latency_ms: Mapping[str, float] = field(default_factory=dict)
+    measured: Measured = field(default_factory=Measured)
     provenance: Mapping[str, object] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
@@ -120,6 +123,16 @@ class PruneReport:
             ),
             {**self.provenance, "versions": dict(self.versions)},
         )
+
+    @property
+    def timed(self) -> dict[Setup, tuple[Timed | None, ...]]:
+        """Measured figures by setup: of the unpruned network, then of each pruned one."""
+        whole = [self.source, *(network.architecture for network in self.networks)]
+        return {
+            setup: tuple(found and found[1] for found in given)
+            for setup in self.measured.setups
+            if any(given := [self.measured.find(setup, one.digest) for one in whole])
+        }
 
     @property
     def tightest(self) -> PrunedNetwork:
