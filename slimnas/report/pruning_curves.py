@@ -147,7 +147,9 @@ def _draw_violins(
     every = np.concatenate([_units(scores.blocks[name], kind) for name in names])
     drawn = np.log10(every[every > 0]) if (every > 0).any() else np.zeros(1)
     # A few units of next to no importance would squeeze all others flat: they stand at the floor.
-    edges = np.linspace(np.quantile(drawn, FLOOR) - 0.1, drawn.max() + 0.1, BINS + 1)
+    low, high = np.quantile(drawn, FLOOR), drawn.max()
+    room = max(0.1, 3 / BINS * (high - low))  # smoothing spreads a unit over two bins either way
+    edges = np.linspace(low - 0.1, high + room, BINS + 1)
     middles = 10 ** ((edges[:-1] + edges[1:]) / 2)
     for place, name in enumerate(names):
         units = _units(scores.blocks[name], kind)

@@ -194,7 +194,8 @@ def pareto_figure(
                 zorder=3,
             )
             for macs, top1 in mine:
-                _value(axes, (macs, top1), below=name != series[-1])
+                rivals = [p.top1 for p in points if p.macs / scale == macs and p.series != name]
+                _value(axes, (macs, top1), below=top1 < max(rivals, default=top1))
         if error_points is not None:
             axes.errorbar(*star, yerr=error_points, color=ink("edge"), lw=1.2, capsize=3, zorder=1)
         axes.plot(
@@ -207,7 +208,7 @@ def pareto_figure(
             label=unpruned.series,
             zorder=4,
         )
-        _value(axes, star, below=False)
+        _value(axes, star, below=False, left=True)  # of the error bar
         axes.set(xlabel=f"{unit} for one image", ylabel="top-1, %")
         axes.grid()
         axes.set_axisbelow(True)
@@ -216,13 +217,13 @@ def pareto_figure(
     return figure
 
 
-def _value(axes: Axes, at: tuple[float, float], *, below: bool) -> None:
+def _value(axes: Axes, at: tuple[float, float], *, below: bool, left: bool = False) -> None:
     axes.annotate(
         f"{at[1]:.1f}",
         at,
-        xytext=(0, -7 if below else 7),
+        xytext=(-5 if left else 0, -7 if below else 7),
         textcoords="offset points",
-        ha="center",
+        ha="right" if left else "center",
         va="top" if below else "bottom",
         fontsize=7,
         color=ink("ink"),
