@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
+
+from slimnas.cli.bars import RunProgress
 
 if TYPE_CHECKING:
     from slimnas.arch.space import Selection
@@ -22,39 +14,16 @@ if TYPE_CHECKING:
     from slimnas.supernet.train import Progress as TrainingProgress
 
 
-class SearchProgress:
+class SearchProgress(RunProgress):
     """A listener of `slimnas.search.run.run_search` that draws on stderr."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        super().__init__()
         self._training: TaskID | None = None
         self._slimming: TaskID | None = None
         self._search_top1: float | None = None
         self._weighed = 0
         self._last_step = ""
-
-    def __enter__(self) -> SearchProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.stop()
 
     def training(self, progress: TrainingProgress) -> None:
         """Update the training bar; after an epoch write a line where there is no terminal."""
@@ -93,7 +62,3 @@ class SearchProgress:
                 state=self._last_step,
             )
         self._log(f"slimming step {len(trajectory.steps)}: {self._last_step}")
-
-    def _log(self, line: str) -> None:
-        if not self._console.is_terminal:
-            self._console.print(line, highlight=False, soft_wrap=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -16,6 +14,7 @@ from slimnas.cli.latency_build import Clock
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 from slimnas.cli.prune_inputs import Asked, check_before, open_inputs
 from slimnas.cli.prune_rules import rules
+from slimnas.cli.runs import RunOn, no_empty_folder, says_how_to_go_on
 
 if TYPE_CHECKING:
     from slimnas.report.pruning import ReportKind
@@ -25,15 +24,6 @@ DEFAULT_BUDGET = "70%"
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
 app.command()(rules)
-
-
-class PruneOn(str, Enum):
-    """Where networks run."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-    MPS = "mps"
 
 
 class Labels(str, Enum):
@@ -173,7 +163,7 @@ def prune(
         Clock | None,
         typer.Option(help="cpu: for machines never idle, one thread.", show_default="wall"),
     ] = None,
-    prune_on: Annotated[PruneOn, typer.Option(help="Where networks run.")] = PruneOn.AUTO,
+    prune_on: Annotated[RunOn, typer.Option(help="Where networks run.")] = RunOn.AUTO,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -255,10 +245,10 @@ def _prune(asked: Asked, output: Path | None, as_json: bool) -> None:
     check_before(asked)
     folder = output or RUNS / _run_name(asked)
     with (
-        _no_empty_folder(folder),
+        no_empty_folder(folder),
         folder_lock(folder),
         PruneProgress() as progress,
-        _says_how_to_go_on(),
+        says_how_to_go_on(),
     ):
         inputs = open_inputs(asked, folder, progress)
         claim(folder, inputs.config)
@@ -289,24 +279,3 @@ def _run_name(asked: Asked) -> str:
     bare = [re.sub(r"\.(ya?ml|parquet|tar)$", "", name) for name in names]
     plain = [re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") for name in bare]
     return "-".join(["prune", *plain])
-
-
-@contextlib.contextmanager
-def _says_how_to_go_on() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        note("stopped; the same command goes on where it was")
-        raise
-
-
-@contextlib.contextmanager
-def _no_empty_folder(folder: Path) -> Iterator[None]:
-    """A run that is refused leaves no folder behind that it made."""
-    was_there = folder.exists()
-    try:
-        yield
-    finally:
-        if not was_there:
-            with contextlib.suppress(OSError):  # not empty: the run has begun
-                folder.rmdir()

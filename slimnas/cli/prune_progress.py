@@ -3,52 +3,21 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
+
+from slimnas.cli.bars import RunProgress
 
 LINE_SECONDS = 10.0
 
 
-class PruneProgress:
+class PruneProgress(RunProgress):
     """A listener of `slimnas.prune.run.run_prune` that draws on stderr."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
+        super().__init__()
         self._tasks: dict[str, TaskID] = {}
         self._said_at = time.monotonic()
-
-    def __enter__(self) -> PruneProgress:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bars.stop()
 
     def stage(self, name: str, done: int, total: int, state: str = "") -> None:
         """Move the bar of a stage; without a terminal write a line now and then and at its end."""

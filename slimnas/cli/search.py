@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
+from slimnas.cli.runs import RunOn, no_empty_folder, says_how_to_go_on
 
 if TYPE_CHECKING:
     from slimnas.arch.space import SearchSpace
@@ -27,15 +26,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SPACE = "efficientformer_tiny"
 RUNS = Path("runs")
-
-
-class TrainOn(str, Enum):
-    """Where the supernet trains."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-    MPS = "mps"
 
 
 class Mixing(str, Enum):
@@ -112,7 +102,7 @@ def search(
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be decoded.")
     ] = False,
-    train_on: Annotated[TrainOn, typer.Option(help="Where the supernet trains.")] = TrainOn.AUTO,
+    train_on: Annotated[RunOn, typer.Option(help="Where the supernet trains.")] = RunOn.AUTO,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -212,7 +202,7 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
     from slimnas.train.loop import accelerator_for
 
     config = inputs.config
-    with _no_empty_folder(folder), folder_lock(folder):
+    with no_empty_folder(folder), folder_lock(folder):
         refuse_other_run(folder, config)
         data = open_data(
             config.data,
@@ -235,7 +225,7 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
             f"training at {config.resolution} px, deployment at {space.input.resolution} px; "
             f"run folder {shown_path(folder)}"
         )
-        with SearchProgress() as progress, _says_how_to_go_on():
+        with SearchProgress() as progress, says_how_to_go_on():
             result = run_search(
                 config,
                 space,
@@ -251,27 +241,6 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
         print_json(_json_body(inputs, result, folder))
     else:
         _print_result(inputs, result, folder, page)
-
-
-@contextlib.contextmanager
-def _says_how_to_go_on() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        note("stopped; the same command goes on where it was")
-        raise
-
-
-@contextlib.contextmanager
-def _no_empty_folder(folder: Path) -> Iterator[None]:
-    """A search that is refused leaves no folder behind that it made."""
-    was_there = folder.exists()
-    try:
-        yield
-    finally:
-        if not was_there:
-            with contextlib.suppress(OSError):  # not empty: the run has begun
-                folder.rmdir()
 
 
 def _run_name(inputs: _Inputs) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -118,7 +118,7 @@ def correct(
 
 
 def position_importance(
-    network: Network, batches: Sequence[tuple[Tensor, Tensor]]
+    network: Network, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
     """How much each position of the stream after each block matters to the loss.
 
@@ -130,6 +130,8 @@ def position_importance(
     totals: dict[str, Tensor] = {}
     first = next(network.parameters())
     wanted = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
     outputs: dict[str, Tensor] = {}
     with contextlib.ExitStack() as hooks, torch.enable_grad():
         network.requires_grad_(False)
@@ -147,6 +149,8 @@ def position_importance(
                 totals[part.name] = totals.get(part.name, torch.zeros_like(squares)) + squares
     for parameter, grad in wanted:
         parameter.requires_grad_(grad)
+    for module, training in modes:
+        module.training = training
     least = torch.finfo(torch.float64).tiny
     return {name: total / total.mean().clamp_min(least) for name, total in totals.items()}
 

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from slimnas._files import remove_leftovers
 from slimnas.arch.architecture import Architecture
 from slimnas.latency.table import LatencyTable
@@ -21,7 +23,7 @@ from slimnas.prune.apply import apply_plan
 from slimnas.prune.calibration import Batches, Calibration
 from slimnas.prune.compose import compose
 from slimnas.prune.config import BudgetSpec, PruneConfig
-from slimnas.prune.correct import correct
+from slimnas.prune.correct import correct, position_importance
 from slimnas.prune.costs import Budget, CostModel, amount_text
 from slimnas.prune.finetune import evaluate, finetune
 from slimnas.prune.found import (
@@ -207,6 +209,7 @@ class _Run:
         self.accelerator = accelerator_for(prune_on)
         self.device = self.accelerator.device
         self.original = origin.start.network.to(self.device)
+        self._weighed: tuple[Network, dict[str, Tensor]] | None = None
 
     def before(self) -> Metrics:
         """Figures of the unpruned network, kept in `before.json`."""
@@ -337,12 +340,15 @@ class _Run:
         name = f"{step.name}: correction"
         images, size = self.origin.calibration.images, self.config.batch_size
         batches = Batches(images, size, self.device, limit=CORRECTION_IMAGES)
+        if self._weighed is None or self._weighed[0] is not source:  # the same for every budget
+            self._weighed = source, position_importance(source, batches)
         return correct(
             source,
             network,
             selected.plan,
             batches,
             self.config.correction,
+            importance=self._weighed[1],
             on_layer=lambda done, total: self.listener.stage(name, done, total, "layers"),
         )
 

@@ -1,0 +1,41 @@
+"""What commands with a run folder share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+
+from slimnas.cli.output import note
+
+
+class RunOn(str, Enum):
+    """Where networks run and train."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    MPS = "mps"
+
+
+@contextlib.contextmanager
+def says_how_to_go_on() -> Iterator[None]:
+    """Tell whoever presses Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("stopped; the same command goes on where it was")
+        raise
+
+
+@contextlib.contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """A run that is refused leaves no folder behind that it made."""
+    was_there = folder.exists()
+    try:
+        yield
+    finally:
+        if not was_there:
+            with contextlib.suppress(OSError):  # not empty: the run has begun
+                folder.rmdir()
