@@ -263,15 +263,15 @@ def measure_speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name, macs in found.items():
         ratios = [a / b for a, b in zip(times["unpruned"], times[name], strict=True)]
-        low, middle, high = quartiles(ratios)
+        spread = quartiles(ratios)
         rows.append(
             {
                 "network": name,
                 "macs": macs,
                 "latency_ms": statistics.median(times[name]),
                 "unpruned_latency_ms": statistics.median(times["unpruned"]),
-                "speed_up": middle,
-                "speed_up_quartiles": [low, high],
+                "speed_up": spread["median"],
+                "speed_up_quartiles": [spread["q1"], spread["q3"]],
                 "rounds": arguments.rounds,
             }
         )
