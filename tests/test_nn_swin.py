@@ -315,3 +315,8 @@ def test_a_table_of_other_windows_is_refused() -> None:
     wanted = r"table of 4x4 windows must be \(49, heads\), got \(169, 2\)"
     with pytest.raises(WeightsError, match=wanted):
         resize_relative_position_table(torch.zeros(169, 2), (4, 4), (3, 3))
+
+
+def test_a_shift_stays_within_its_window() -> None:
+    with pytest.raises(ValueError, match="shift must be less than the window, 4, got 4"):
+        SwinSpec(heads=1, qk_dim=2, v_dim=2, window=4, shift=4)

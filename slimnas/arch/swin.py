@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import Count
 from slimnas.arch.shapes import NO_COST, Cost, FeatureShape, operator_cost
@@ -25,6 +27,15 @@ class SwinBlock(TransformerBlock):
     type: Literal["swin"] = "swin"
     window: Count = 7
     shift: Width = 0
+
+    @model_validator(mode="after")
+    def _shifts_within(self) -> SwinBlock:
+        if self.shift >= self.window:
+            raise ValueError(
+                f"shift must be less than the window, {self.window}, got {self.shift}; half of "
+                "the window is usual"
+            )
+        return self
 
     def windows(self, shape: FeatureShape) -> tuple[int, int]:
         """Height and width of the windows on a map of `shape`."""

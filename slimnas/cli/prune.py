@@ -103,7 +103,7 @@ def prune(
         ),
     ] = "fisher",
     basis: Annotated[
-        Basis, typer.Option(help="principal: heads are turned so that dims matter least.")
+        Basis, typer.Option(help="principal: heads turned, function kept, so that dims can go.")
     ] = Basis.PRINCIPAL,
     macs: Annotated[
         list[str] | None, typer.Option(help="Budget such as 0.9G or 75%; repeat for several.")
