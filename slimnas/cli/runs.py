@@ -32,10 +32,10 @@ def says_how_to_go_on() -> Iterator[None]:
 @contextlib.contextmanager
 def no_empty_folder(folder: Path) -> Iterator[None]:
     """A run that is refused leaves no folder behind that it made."""
-    was_there = folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         yield
     finally:
-        if not was_there:
-            with contextlib.suppress(OSError):  # not empty: the run has begun
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # not empty: the run has begun
+            for place in made:
+                place.rmdir()
