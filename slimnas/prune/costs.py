@@ -154,11 +154,6 @@ class Budget:
     def __str__(self) -> str:
         return amount_text(self.kind, self.limit)
 
-    @property
-    def label(self) -> str:
-        """A name for folders, such as `macs-0.9G`; different budgets have different names."""
-        return f"{self.kind.removesuffix('_ms')}-{_short(self.kind, self.limit)}"
-
 
 def parse_budget(
     kind: CostKind, text: str, architecture: Architecture, table: LatencyTable | None = None
@@ -199,15 +194,6 @@ def amount_text(kind: CostKind, value: float) -> str:
     if kind == "params":
         return f"{value / 1e6:.4g} M params"
     return f"{value:.4g} ms" if kind == "latency_ms" else f"{value:.0f} units"
-
-
-def _short(kind: CostKind, value: float) -> str:
-    if kind == "latency_ms":
-        return f"{value:.10g}ms"
-    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.10g}{letter}"
-    return f"{value:.10g}"
 
 
 def _blocks(architecture: Architecture) -> Iterator[tuple[AnyBlock, int]]:
