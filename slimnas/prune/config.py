@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from slimnas._files import atomic_write_text, read_text
+from slimnas._settings import flat_settings, shown_setting
 from slimnas.arch.documents import Spec, check_schema, parse_spec
 from slimnas.errors import RunFolderError, SpecError
 from slimnas.prune.finetune import FinetuneRecipe
@@ -157,7 +157,8 @@ def _refuse_other_run(folder: Path, old: PruneConfig, new: PruneConfig) -> None:
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         named = ", ".join(
-            f"{key} was {_shown(key, before)}, now {_shown(key, now)}" for key in changed[:3]
+            f"{key} was {shown_setting(key, before)}, now {shown_setting(key, now)}"
+            for key in changed[:3]
         )
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise RunFolderError(
@@ -168,19 +169,4 @@ def _refuse_other_run(folder: Path, old: PruneConfig, new: PruneConfig) -> None:
 
 def _settled(config: PruneConfig) -> dict[str, Any]:
     """What later commands in the same folder must agree with."""
-    return _flat(config.model_dump(mode="json", exclude={"budgets", "measure"}))
-
-
-def _shown(key: str, settings: Mapping[str, Any]) -> str:
-    value = settings.get(key)
-    return f"{value[:12]}..." if key.endswith("_digest") and value else repr(value)
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    return flat_settings(config.model_dump(mode="json", exclude={"budgets", "measure"}))

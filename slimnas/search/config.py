@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from slimnas._settings import flat_settings, shown_setting
 from slimnas.arch.documents import Spec, load_document, parse_spec, save_document
 from slimnas.errors import RunFolderError
 from slimnas.supernet.train import SupernetRecipe
@@ -80,11 +80,15 @@ def refuse_other_run(folder: Path, config: SearchConfig) -> None:
     path = folder / FILE
     if not path.is_file():
         return
-    old, new = _flat(SearchConfig.load(path).model_dump()), _flat(config.model_dump())
+    old, new = (
+        flat_settings(SearchConfig.load(path).model_dump()),
+        flat_settings(config.model_dump()),
+    )
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     if changed:
         named = ", ".join(
-            f"{key} was {_shown(key, old)}, now {_shown(key, new)}" for key in changed[:3]
+            f"{key} was {shown_setting(key, old)}, now {shown_setting(key, new)}"
+            for key in changed[:3]
         )
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise RunFolderError(
@@ -102,18 +106,3 @@ def claim(folder: Path, config: SearchConfig) -> None:
     refuse_other_run(folder, config)
     if not (folder / FILE).is_file():
         config.save(folder / FILE)
-
-
-def _shown(key: str, settings: Mapping[str, Any]) -> str:
-    value = settings.get(key)
-    return f"{value[:12]}..." if key.endswith("_digest") and value else repr(value)
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
