@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.interpolate import LinearNDInterpolator
+from scipy.spatial import Delaunay
 
 from slimnas.latency.keys import PriceKey
 from slimnas.latency.rows import PriceRow
@@ -26,6 +27,8 @@ from slimnas.latency.rows import PriceRow
 PriceKind = Literal["exact", "interpolated", "extrapolated"]
 Array = npt.NDArray[np.float64]
 TOLERANCE = 1e-9
+BESIDE = 1e-6
+"""How far from the space the rows span a point counts as inside, in shares of its extent."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,17 @@ class PriceBook:
             self._known[key] = self._compute(key)
         return self._known[key]
 
+    def shares(self, key: PriceKey) -> Mapping[PriceKey, float] | None:
+        """Return the rows that the price of `key` is read from, each with its share.
+
+        The price is the sum of the rows' prices times their shares, which add up to one: of one
+        row where the table has it, of neighbours between rows. None beyond them.
+        """
+        if key in self._rows:
+            return {key: 1.0}
+        group = self._group(key)
+        return group.shares(np.array(key.point)) if group else None
+
     def nearest(self, key: PriceKey) -> PriceRow | None:
         """Return the row of the same component type closest to `key`, to name in a message."""
         same = [row for row in self._rows.values() if _family(row.key) == _family(key)]
@@ -69,8 +83,11 @@ class PriceBook:
         row = self._rows.get(key)
         if row is not None:
             return Price(row.latency_ms, row_error_ms(row), "exact")
-        group = self._groups.get((key.group, len(key.point)))
+        group = self._group(key)
         return group.price(np.array(key.point)) if group else None
+
+    def _group(self, key: PriceKey) -> _Group | None:
+        return self._groups.get((key.group, len(key.point)))
 
     @cached_property
     def _groups(self) -> dict[tuple[object, int], _Group]:
@@ -96,6 +113,7 @@ class _Group:
 
     def __init__(self, rows: Iterable[PriceRow]) -> None:
         ordered = sorted(rows, key=lambda row: row.key.point)
+        self._keys = [row.key for row in ordered]
         self._points = np.array([row.key.point for row in ordered])
         self._values = np.array([[row.latency_ms, row_error_ms(row)] for row in ordered])
         self._origin = self._points[0]
@@ -106,53 +124,49 @@ class _Group:
         self._basis = directions[sizes > TOLERANCE * sizes[0]]
 
     def price(self, point: Array) -> Price:
+        corners = self._corners(point)
+        if corners is None:
+            return self._beyond(point)
+        latency_ms, error_ms = sum(share * self._values[i] for i, share in corners.items())
+        return Price(float(latency_ms), float(error_ms), "interpolated")
+
+    def shares(self, point: Array) -> Mapping[PriceKey, float] | None:
+        corners = self._corners(point)
+        return None if corners is None else {self._keys[i]: x for i, x in corners.items()}
+
+    def _corners(self, point: Array) -> Mapping[int, float] | None:
+        """Rows around `point`, by index, with their shares; none outside of them."""
         offset = (point - self._origin) / self._scale
         inside = self._basis @ offset
-        beside = float(np.linalg.norm(offset - inside @ self._basis))
-        if beside < 1e-6:
-            latency_ms, error_ms = self._grid(point) if self._grid else self._interpolate(inside)
-            if np.isfinite(latency_ms):
-                return Price(float(latency_ms), float(error_ms), "interpolated")
-        return self._beyond(point)
+        if float(np.linalg.norm(offset - inside @ self._basis)) > BESIDE:
+            return None
+        if self._grid is not None:
+            varied, lines = self._grid
+            return _in_grid(lines, point[varied])
+        if len(self._basis) == 1:
+            order = np.argsort(self._places[:, 0])
+            along = _in_grid([self._places[order, 0]], inside)
+            return None if along is None else {int(order[i]): x for i, x in along.items()}
+        return _in_triangles(self._triangles, inside)
 
     @cached_property
-    def _grid(self) -> Callable[[Array], Array] | None:
-        """Interpolation where the rows are a full grid in two widths or more, else none."""
+    def _grid(self) -> tuple[npt.NDArray[np.intp], list[Array]] | None:
+        """Axes and lines of a full grid in two widths or more, else none; the rows are sorted,
+        so they are in the grid's order."""
         varied = np.flatnonzero(np.ptp(self._points, axis=0))
         lines = [np.unique(self._points[:, axis]) for axis in varied]
-        if len(lines) < 2 or math.prod(map(len, lines)) != len(self._points):
-            return None
-        # the rows are sorted, so they are in the grid's order
-        corners = self._values.reshape(*map(len, lines), 2)
-
-        def between(point: Array) -> Array:
-            values = corners
-            for line, x in zip(lines, point[varied], strict=True):
-                if not line[0] <= x <= line[-1]:
-                    return np.full(2, np.nan)
-                i = min(max(int(np.searchsorted(line, x)) - 1, 0), len(line) - 2)
-                share = (x - line[i]) / (line[i + 1] - line[i])
-                values = (1 - share) * values[i] + share * values[i + 1]
-            return values
-
-        return between
+        full = len(lines) > 1 and math.prod(map(len, lines)) == len(self._points)
+        return (varied, lines) if full else None
 
     @cached_property
-    def _interpolate(self) -> Callable[[Array], Array]:
-        places = ((self._points - self._origin) / self._scale) @ self._basis.T
-        if places.shape[1] > 1:
-            surface = LinearNDInterpolator(places, self._values)
-            return lambda inside: np.asarray(surface(inside[None])[0])
-        order = np.argsort(places[:, 0])
-        line, values = places[order, 0], self._values[order]
+    def _places(self) -> Array:
+        """The rows in coordinates of the space they span."""
+        places: Array = ((self._points - self._origin) / self._scale) @ self._basis.T
+        return places
 
-        def between(inside: Array) -> Array:
-            slack = TOLERANCE * abs(line[-1] - line[0])
-            if not line[0] - slack <= inside[0] <= line[-1] + slack:
-                return np.full(2, np.nan)
-            return np.array([np.interp(inside[0], line, column) for column in values.T])
-
-        return between
+    @cached_property
+    def _triangles(self) -> Delaunay:
+        return Delaunay(self._places)
 
     def _beyond(self, point: Array) -> Price:
         """Extend the plane through the nearest rows; never below the nearest row's share."""
@@ -165,6 +179,36 @@ class _Group:
         share = min(1.0, float(np.min(point / np.maximum(self._points[nearest[0]], 1.0))))
         latency_ms = max(float(plane[0]), closest_ms * share)
         return Price(latency_ms, closest_error_ms * latency_ms / closest_ms, "extrapolated")
+
+
+def _in_grid(lines: Sequence[Array], point: Array) -> dict[int, float] | None:
+    """The corners of the cell of a grid that holds `point`, by flat index, with their shares."""
+    along = []
+    for line, x in zip(lines, point, strict=True):
+        slack = TOLERANCE * abs(line[-1] - line[0])
+        if not line[0] - slack <= x <= line[-1] + slack:
+            return None
+        i = min(max(int(np.searchsorted(line, x)) - 1, 0), len(line) - 2)
+        share = min(max(float((x - line[i]) / (line[i + 1] - line[i])), 0.0), 1.0)
+        along.append([(i, 1 - share), (i + 1, share)])
+    sizes = tuple(map(len, lines))
+    corners = {}
+    for corner in product(*along):
+        share = math.prod(part for _, part in corner)
+        if share:
+            corners[int(np.ravel_multi_index([i for i, _ in corner], sizes))] = share
+    return corners
+
+
+def _in_triangles(triangles: Delaunay, place: Array) -> dict[int, float] | None:
+    """The corners of the triangle that holds `place`, with its barycentric coordinates."""
+    found = int(triangles.find_simplex(place))
+    if found < 0:
+        return None
+    transform = triangles.transform[found]
+    first = transform[:-1] @ (place - transform[-1])
+    shares = [*first, 1 - first.sum()]
+    return {int(i): float(x) for i, x in zip(triangles.simplices[found], shares, strict=True)}
 
 
 def _family(key: PriceKey) -> tuple[str, str]:

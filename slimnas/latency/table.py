@@ -48,6 +48,9 @@ class ErrorFigure(Spec):
         mape_percent: mean absolute relative error.
         bias_percent: mean signed relative error, estimate over truth minus one.
         max_percent: largest absolute relative error.
+        within_5_percent: percentage of the networks within 5 % of the truth, where known.
+        within_10_percent: the same for 10 %.
+        coverage_percent: percentage inside the intervals of their estimates, where known.
         spearman: rank correlation, where it was computed.
     """
 
@@ -56,6 +59,9 @@ class ErrorFigure(Spec):
     mape_percent: Percent
     bias_percent: float
     max_percent: Percent
+    within_5_percent: Percent | None = None
+    within_10_percent: Percent | None = None
+    coverage_percent: Percent | None = None
     spearman: Annotated[float, Field(ge=-1, le=1)] | None = None
 
 
