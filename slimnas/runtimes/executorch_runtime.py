@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import ClassVar
 from weakref import WeakSet
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch._export.verifier import SpecViolationError
 
 from slimnas.errors import ExportError, RuntimeUnavailableError
-from slimnas.runtimes.base import Array
+from slimnas.runtimes.base import Array, Configured
 
 
 @contextlib.contextmanager
@@ -41,17 +42,33 @@ with _quiet():
 
 
 @dataclass(frozen=True)
-class ExecuTorchRuntime:
-    """ExecuTorch with the XNNPACK delegate in single precision, on exactly `threads` threads.
+class ExecuTorchRuntime(Configured):
+    """ExecuTorch with the XNNPACK delegate on exactly `threads` threads.
 
     ExecuTorch's thread pool belongs to the process, so that sessions that are open at the same
     time run on the same number of threads.
     """
 
-    threads: int = 1
-    name: str = "executorch"
-    compute_unit: str = "cpu"
-    version: str = version("executorch")
+    library: ClassVar[str] = "executorch"
+    version: ClassVar[str] = version("executorch")
+    suffix: ClassVar[str] = ".pte"
+
+    def export(self, module: nn.Module, example: Tensor) -> bytes:
+        """Lower `module` to an ExecuTorch program.
+
+        Raises:
+            ExportError: an operator ExecuTorch has no form for.
+        """
+        return executorch_bytes(module, example)
+
+    def open(self, model: bytes) -> ExecuTorchSession:
+        """Open an ExecuTorch program.
+
+        Raises:
+            ExportError: the program needs an operator that the installed ExecuTorch lacks.
+            RuntimeUnavailableError: sessions on another number of threads are open.
+        """
+        return ExecuTorchSession(model, threads=self.threads)
 
     def load(self, module: nn.Module, example: Tensor) -> ExecuTorchSession:
         """Lower `module` and open it for inputs of the shape of `example`.
@@ -60,7 +77,7 @@ class ExecuTorchRuntime:
             ExportError: an operator ExecuTorch has no form for.
             RuntimeUnavailableError: sessions on another number of threads are open.
         """
-        return ExecuTorchSession(executorch_bytes(module, example), threads=self.threads)
+        return self.open(self.export(module, example))
 
 
 def executorch_bytes(module: nn.Module, example: Tensor) -> bytes:

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf
 from torch import Tensor, nn
 
-from slimnas.runtimes.base import Array
+from slimnas.errors import ExportError
+from slimnas.runtimes.base import Array, Configured
 from slimnas.runtimes.onnx_graph import onnx_bytes
 
 _ONLY_ERRORS = 3
 
 
 @dataclass(frozen=True)
-class OnnxRuntime:
+class OnnxRuntime(Configured):
     """ONNX Runtime's CPU provider with all graph optimisations, on exactly `threads` threads."""
 
-    threads: int = 1
-    name: str = "onnxruntime"
-    compute_unit: str = "cpu"
-    version: str = str(onnxruntime.__version__)
+    library: ClassVar[str] = "onnxruntime"
+    version: ClassVar[str] = str(onnxruntime.__version__)
+    suffix: ClassVar[str] = ".onnx"
+
+    def export(self, module: nn.Module, example: Tensor) -> bytes:
+        """Serialise `module` as an ONNX model.
+
+        Raises:
+            ExportError: an operator ONNX has no form for.
+        """
+        return onnx_bytes(module, example)
+
+    def open(self, model: bytes) -> OnnxSession:
+        """Open an ONNX model.
+
+        Raises:
+            ExportError: ONNX Runtime cannot load it.
+        """
+        return OnnxSession(model, threads=self.threads)
 
     def load(self, module: nn.Module, example: Tensor) -> OnnxSession:
         """Export `module` and open it for inputs of the shape of `example`.
@@ -28,11 +46,15 @@ class OnnxRuntime:
         Raises:
             ExportError: an operator ONNX has no form for.
         """
-        return OnnxSession(onnx_bytes(module, example), threads=self.threads)
+        return self.open(self.export(module, example))
 
 
 class OnnxSession:
-    """An ONNX model opened on a fixed number of threads."""
+    """An ONNX model opened on a fixed number of threads.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load it.
+    """
 
     def __init__(self, model: bytes | str, *, threads: int) -> None:
         options = onnxruntime.SessionOptions()
@@ -40,9 +62,13 @@ class OnnxSession:
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = _ONLY_ERRORS
-        self._session = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self._session = onnxruntime.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"]
+            )
+        except (Fail, InvalidGraph, InvalidProtobuf) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ExportError(f"ONNX Runtime cannot load the model: {reason}") from error
         self._input = self._session.get_inputs()[0].name
 
     def run(self, x: Array) -> Array:

@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import openvino
 from torch import Tensor, nn
 
 from slimnas.errors import ExportError
-from slimnas.runtimes.base import Array
+from slimnas.runtimes.base import Array, Configured
 from slimnas.runtimes.onnx_graph import onnx_bytes
 
 
 @dataclass(frozen=True)
-class OpenVinoRuntime:
-    """OpenVINO's CPU plugin in single precision, on exactly `threads` threads.
+class OpenVinoRuntime(Configured):
+    """OpenVINO's CPU plugin on exactly `threads` threads.
 
-    It reads the ONNX graph, so that there is one export path.
+    Its files are ONNX models, so that there is one export path and one archive per network;
+    compiled, they are what OpenVINO's own pair of files becomes.
     """
 
-    threads: int = 1
-    name: str = "openvino"
-    compute_unit: str = "cpu"
-    version: str = str(openvino.__version__).split("-", maxsplit=1)[0]
     core: Any = field(default_factory=openvino.Core, repr=False, compare=False)
+
+    library: ClassVar[str] = "openvino"
+    version: ClassVar[str] = str(openvino.__version__).split("-", maxsplit=1)[0]
+    suffix: ClassVar[str] = ".onnx"
+
+    def export(self, module: nn.Module, example: Tensor) -> bytes:
+        """Serialise `module` as an ONNX model.
+
+        Raises:
+            ExportError: an operator ONNX has no form for.
+        """
+        return onnx_bytes(module, example)
+
+    def open(self, model: bytes) -> OpenVinoSession:
+        """Compile an ONNX model.
+
+        Raises:
+            ExportError: OpenVINO cannot convert it.
+        """
+        return OpenVinoSession(self.core, self.converted(model), threads=self.threads)
 
     def load(self, module: nn.Module, example: Tensor) -> OpenVinoSession:
         """Convert `module` and compile it for inputs of the shape of `example`.
@@ -32,8 +49,7 @@ class OpenVinoRuntime:
         Raises:
             ExportError: an operator ONNX or OpenVINO has no form for.
         """
-        model = self.converted(onnx_bytes(module, example))
-        return OpenVinoSession(self.core, model, threads=self.threads)
+        return self.open(self.export(module, example))
 
     def converted(self, onnx_model: bytes) -> Any:
         """Return OpenVINO's form of a serialised ONNX model.

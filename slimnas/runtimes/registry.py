@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
@@ -45,19 +46,42 @@ class Exporter(Protocol):
         ...
 
 
-def get_runtime(name: str, *, threads: int = 1) -> Runtime:
-    """Return the runtime called `name`, which will run on `threads` threads.
+def get_runtime(
+    name: str,
+    *,
+    threads: int = 1,
+    dtype: str | None = None,
+    unit: str | None = None,
+    options: Sequence[str] = (),
+) -> Runtime:
+    """Return a runtime that runs on `threads` threads.
+
+    Args:
+        name: a key of `RUNTIMES`, or the name a table records, which has the options in brackets:
+            `torch[compile,channels-last]`.
+        threads: threads per call.
+        dtype: number format, `fp32`, `bf16`, `fp16` or `int8`; the runtime's default if none
+            (fp32; fp16 for Core ML).
+        unit: compute unit: `cpu` everywhere; torch also `cuda` and `mps`; Core ML `cpu-and-ne`
+            (its default), `all`, `cpu-and-gpu`. The runtime's default if none.
+        options: torch has `compile`, `channels-last` and `cuda-graph`.
 
     Raises:
-        RuntimeUnavailableError: no such runtime, its library is not installed, or no threads.
+        RuntimeUnavailableError: no such runtime, its library is not installed, no threads, or it
+            lacks the dtype, the unit or an option; the message names what it has.
     """
+    name, _, recorded = name.partition("[")
     if name not in RUNTIMES:
         raise RuntimeUnavailableError(
             f"unknown runtime {name!r}{suggest(name, RUNTIMES)}; known: {', '.join(RUNTIMES)}"
         )
-    if threads < 1:
-        raise RuntimeUnavailableError(f"threads must be at least 1, got {threads}")
-    runtime: Runtime = _imported(name, *RUNTIMES[name])(threads=threads)
+    wanted = [word for word in recorded.removesuffix("]").split(",") if word]
+    given = {"dtype": dtype, "unit": unit}
+    runtime: Runtime = _imported(name, *RUNTIMES[name])(
+        threads=threads,
+        options=(*wanted, *options),
+        **{key: value for key, value in given.items() if value is not None},
+    )
     return runtime
 
 

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from slimnas.runtimes.base import Array, only_tensor
+from slimnas.runtimes.base import Array, Configured, only_tensor
 
 
 @dataclass(frozen=True)
-class TorchRuntime:
+class TorchRuntime(Configured):
     """Eager PyTorch on the CPU.
 
     PyTorch's number of threads belongs to the process: a session sets it when it runs, and it
     stays so afterwards.
     """
 
-    threads: int = 1
-    name: str = "torch"
-    compute_unit: str = "cpu"
-    version: str = str(torch.__version__)
+    library: ClassVar[str] = "torch"
+    version: ClassVar[str] = str(torch.__version__)
 
     def load(self, module: nn.Module, example: Tensor) -> TorchSession:
         """Copy `module` into evaluation mode; `example` is not needed."""
