@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from slimnas._files import atomic_write_text, read_text
 from slimnas.arch.space import Selection
@@ -19,6 +19,10 @@ from slimnas.search.actions import Action
 
 SCHEMA = "slimnas/trajectory/1"
 
+Phase = Literal["slim", "fill", "exchange"]
+"""Why a step was taken: to get down to the target, to use what is left of it, or to trade one
+thing for another where nothing fits into what is left."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -26,11 +30,12 @@ class Candidate:
 
     Attributes:
         action: the change.
-        latency_ms: latency after it, by the table.
-        saved_ms: latency before minus after.
+        latency_ms: latency after it, by the table as it was known then.
+        saved_ms: latency before minus after; negative where the action grows the network.
         top1: accuracy after it on the SEARCH split, in percent.
-        drop: accuracy before minus after in points, not below 0.
-        drop_per_ms: drop / saved_ms, what greedy minimises.
+        drop: accuracy before minus after in points; not below 0, unless the action grows.
+        drop_per_ms: drop / saved_ms. Greedy slimming takes the smallest; of an action that grows
+            it is the accuracy gained per millisecond spent, and filling up takes the largest.
     """
 
     action: Action
@@ -43,13 +48,25 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Step:
-    """One step: every candidate, the action taken, and the state after it."""
+    """One step: every candidate, the action taken, and the state after it.
+
+    Attributes:
+        candidates: what was weighed.
+        taken: the action taken.
+        selection: the state after it.
+        latency_ms: its latency, by the table as it was known then.
+        top1: its accuracy on the SEARCH split, in percent.
+        phase: what the step was for.
+        corrections: how many measured networks had corrected the table by then.
+    """
 
     candidates: tuple[Candidate, ...]
     taken: Action
     selection: Selection
     latency_ms: float
     top1: float
+    phase: Phase = "slim"
+    corrections: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,8 @@ def _step_to_dict(number: int, step: Step) -> dict[str, Any]:
         "selection": _selection_to_dict(step.selection),
         "latency_ms": step.latency_ms,
         "top1": step.top1,
+        "phase": step.phase,
+        "corrections": step.corrections,
         "candidates": [
             {**asdict(candidate), "action": candidate.action.to_dict()}
             for candidate in step.candidates
@@ -160,4 +179,6 @@ def _step_from_dict(data: Mapping[str, Any]) -> Step:
         _selection_from_dict(data["selection"]),
         data["latency_ms"],
         data["top1"],
+        data.get("phase", "slim"),
+        data.get("corrections", 0),
     )
