@@ -13,7 +13,8 @@ import typer
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 
 if TYPE_CHECKING:
-    from slimnas.measure.build import BuiltTable, Progress
+    from slimnas.measure.build import BuiltShard, BuiltTable, Progress
+    from slimnas.measure.schedule import Shard
     from slimnas.measure.scope import Scope
 
 
@@ -27,6 +28,7 @@ class Backend(str, Enum):
     OPENVINO = "openvino"
     EXECUTORCH = "executorch"
     TORCH = "torch"
+    COREML = "coreml"
 
 
 class Clock(str, Enum):
@@ -54,6 +56,37 @@ def build(
         Path | None, typer.Option(help="The table's folder; else lookup_tables/DEVICE.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads per call.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call.")] = 1,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="fp32, bf16, fp16 or int8.", show_default="the runtime's"),
+    ] = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(help="Compute unit, such as cpu or cuda.", show_default="the runtime's"),
+    ] = None,
+    runtime_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runtime-option",
+            help="Once per option; torch has compile, channels-last, cuda-graph.",
+        ),
+    ] = None,
+    networks: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Whole networks to calibrate with.",
+            show_default="until they no longer help",
+        ),
+    ] = None,
+    held_out: Annotated[
+        int, typer.Option(min=0, help="Whole networks for the stated error alone.")
+    ] = 20,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="This host's part; join them with 'latency merge'."),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Accepted rounds per entry and pass.")] = 6,
     clock: Annotated[
         Clock, typer.Option(help="cpu: for one thread on a machine that is never idle.")
@@ -71,8 +104,9 @@ def build(
     Example: slimnas latency build --device local --backend onnxruntime
     """
     from slimnas.latency.devices import table_folders
-    from slimnas.measure.build import BuildJob, build_table
+    from slimnas.measure.build import BuildJob, build_shard, build_table
     from slimnas.measure.machine import load_average, this_machine
+    from slimnas.measure.schedule import Networks
     from slimnas.measure.timing import Protocol
     from slimnas.runtimes.registry import get_runtime
 
@@ -80,9 +114,18 @@ def build(
         output=output or table_folders()[0] / device,
         scope=_scope(space, model),
         protocol=Protocol(clock=clock.value, rounds=rounds, seed=seed),
+        batch=batch,
+        networks=Networks(networks, held_out),
+        shard=_shard(shard),
         force=force,
     )
-    runtime = get_runtime(backend.value, threads=threads)
+    runtime = get_runtime(
+        backend.value,
+        threads=threads,
+        dtype=dtype,
+        unit=unit,
+        options=tuple(runtime_option or ()),
+    )
     load, cores = load_average(), this_machine().cores
     if clock is Clock.WALL and load is not None and load + threads > cores:
         note(
@@ -90,15 +133,40 @@ def build(
             "clock counts; free the machine, or measure one thread with --clock cpu"
         )
     try:
-        with _progress_bar() as progress:
+        with progress_bar("measuring") as progress:
+            if job.shard is not None:
+                _print_shard(build_shard(job, runtime, progress=progress), as_json)
+                return
             built = build_table(job, runtime, progress=progress)
     except KeyboardInterrupt:
         note(f"what was timed is kept in {job.output}; the same command goes on there")
         raise
     if as_json:
-        print_json(_summary(built))
+        print_json(built_summary(built))
     else:
-        _print_table(built)
+        print_built(built)
+
+
+def _shard(text: str | None) -> Shard | None:
+    from slimnas.measure.schedule import Shard
+
+    if text is None:
+        return None
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit()):
+        raise typer.BadParameter(f"must be i/n, such as 1/3, got {text!r}", param_hint="'--shard'")
+    return Shard(int(number), int(of))
+
+
+def _print_shard(built: BuiltShard, as_json: bool) -> None:
+    if as_json:
+        path = shown_path(built.path)
+        print_json({"shard": str(built.shard), "visits": built.visits, "path": path})
+        return
+    if built.resumed:
+        note(f"went on after {built.resumed} visits of an interrupted build")
+    typer.echo(f"shard {built.shard}: {built.visits} visits in {shown_path(built.path)}")
+    typer.echo("when all are done: slimnas latency merge FOLDER FOLDER ... --device NAME")
 
 
 def _scope(space: str | None, model: str | None) -> Scope:
@@ -115,7 +183,7 @@ def _scope(space: str | None, model: str | None) -> Scope:
 
 
 @contextlib.contextmanager
-def _progress_bar() -> Iterator[Progress]:
+def progress_bar(doing: str) -> Iterator[Progress]:
     """A bar with the remaining time on a terminal, a line every tenth in a log."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -123,7 +191,7 @@ def _progress_bar() -> Iterator[Progress]:
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("measuring"),
+        TextColumn(doing),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("eta"),
@@ -136,12 +204,13 @@ def _progress_bar() -> Iterator[Progress]:
         def show(done: int, planned: int, what: str) -> None:
             bar.update(task, completed=done, total=planned, description=what)
             if not console.is_terminal and done % max(planned // 10, 1) == 0:
-                note(f"measuring {done}/{planned}: {what}")
+                note(f"{doing} {done}/{planned}: {what}")
 
         yield show
 
 
-def _summary(built: BuiltTable) -> dict[str, Any]:
+def built_summary(built: BuiltTable) -> dict[str, Any]:
+    """A built table for --json."""
     info = built.table.device
     figure = info.errors[0].model_dump() if info.errors else {}
     networks = [
@@ -160,15 +229,20 @@ def _summary(built: BuiltTable) -> dict[str, Any]:
     }
 
 
-def _print_table(built: BuiltTable) -> None:
+def print_built(built: BuiltTable) -> None:
+    """Print a built table: its held-out networks, its error, where it is."""
     from slimnas.latency.devices import provenance_line
+    from slimnas.latency.regime import regimes
 
     if built.resumed:
         note(f"went on after {built.resumed} visits of an interrupted build")
     for check in built.held_out:
+        low_ms, high_ms = check.interval_ms or (float("nan"), float("nan"))
         typer.echo(
-            f"held-out network: predicted {check.predicted_ms:.3f} ms, measured "
-            f"{check.measured_ms:.3f} ms ({100 * check.error:+.1f} %)"
+            f"held-out network: predicted {check.predicted_ms:.3f} ms ({low_ms:.3f} to "
+            f"{high_ms:.3f}), measured {check.measured_ms:.3f} ms ({100 * check.error:+.1f} %)"
         )
+    for regime in regimes(built.table):
+        typer.echo(regime.sentence)
     typer.echo(provenance_line(built.table))
     typer.echo(f"{len(built.table.rows)} rows written to {shown_path(built.path)}")

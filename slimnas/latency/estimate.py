@@ -188,25 +188,20 @@ def _level(table: LatencyTable) -> float:
 def _interval_ms(
     total_ms: float, rows: list[PricedComponent], table: LatencyTable
 ) -> tuple[float, float]:
-    """Stated whole-network error, and for timed rows the error of the timings in quadrature.
+    """The table's stated error on whole networks, which holds that of its rows.
 
-    An estimated table's stated interval comes from leave-one-out residuals, which hold the
-    uncertainty of its rows already.
+    Where a table states none, the timing errors of its rows in quadrature.
     """
     stated = table.device.interval
-    low_ms = total_ms * (stated.low_percent if stated else 0.0) / 100
-    high_ms = total_ms * (stated.high_percent if stated else 0.0) / 100
-    timing_ms = 0.0
-    if table.device.kind != "estimated":
+    if stated is not None:
+        low_ms, high_ms = (total_ms * p / 100 for p in (stated.low_percent, stated.high_percent))
+    else:
         per_key: defaultdict[PriceKey, float] = defaultdict(float)
         for row in rows:
             per_key[row.key] += row.spread_ms  # one row used twice is wrong twice the same way
         deviations = NormalDist().inv_cdf(0.5 + _level(table) / 2)
-        timing_ms = deviations * sum(error**2 for error in per_key.values()) ** 0.5
-    return (
-        max(0.0, total_ms - float(low_ms**2 + timing_ms**2) ** 0.5),
-        total_ms + float(high_ms**2 + timing_ms**2) ** 0.5,
-    )
+        low_ms = high_ms = deviations * sum(error**2 for error in per_key.values()) ** 0.5
+    return max(0.0, total_ms - low_ms), total_ms + high_ms
 
 
 def _missing_line(missing: list[tuple[str, PriceKey]], table: LatencyTable, what: str) -> str:

@@ -48,6 +48,7 @@ class ErrorFigure(Spec):
         mape_percent: mean absolute relative error.
         bias_percent: mean signed relative error, estimate over truth minus one.
         max_percent: largest absolute relative error.
+        median_percent: median absolute relative error, where known.
         within_5_percent: percentage of the networks within 5 % of the truth, where known.
         within_10_percent: the same for 10 %.
         coverage_percent: percentage inside the intervals of their estimates, where known.
@@ -59,6 +60,7 @@ class ErrorFigure(Spec):
     mape_percent: Percent
     bias_percent: float
     max_percent: Percent
+    median_percent: Percent | None = None
     within_5_percent: Percent | None = None
     within_10_percent: Percent | None = None
     coverage_percent: Percent | None = None
@@ -81,6 +83,25 @@ class IntervalInfo(Spec):
     basis: str
 
 
+class FitInfo(Spec):
+    """How the device model of an estimated table was fitted, beside the points themselves.
+
+    Attributes:
+        model: which device model, a key of `slimnas.latency.device_model.MODELS`.
+        peak_gmacs_per_s: stated peak rate of the chip; no multiply-add is priced below it.
+        prior: the table whose coefficients those of this one are held to; empty for none.
+        strength: how strongly. A coefficient twice its prior costs as much as one point off by
+            the square root of this.
+        held_to: the prior's coefficients.
+    """
+
+    model: str
+    peak_gmacs_per_s: Annotated[float, Field(gt=0)] | None = None
+    prior: str = ""
+    strength: Annotated[float, Field(ge=0)] = 0.0
+    held_to: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+
+
 class DeviceInfo(Spec):
     """Which device a table is about, and how far it can be trusted.
 
@@ -89,10 +110,13 @@ class DeviceInfo(Spec):
         device: the device in words.
         threads: CPU threads, or none where the runtime decides.
         protocol: how a latency was taken.
+        reference_ms: latency of the build's reference network, which tells a later measurement
+            how fast the device is then.
         kind: measured here, estimated from a model, or imported from another tool.
         errors: error figures on held-out networks, the most relevant first.
         interval: the relative interval of a total.
-        model: coefficients of the device model of an estimated table, by feature.
+        fit: how the device model of an estimated table was fitted.
+        model: the coefficients of that model, by feature.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -108,8 +132,10 @@ class DeviceInfo(Spec):
     date: str
     tool_version: str
     kind: Literal["measured", "estimated", "imported"]
+    reference_ms: Annotated[float, Field(gt=0)] | None = None
     errors: tuple[ErrorFigure, ...] = ()
     interval: IntervalInfo | None = None
+    fit: FitInfo | None = None
     model: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     sources: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()

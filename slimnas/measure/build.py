@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from slimnas import __version__
 from slimnas._files import atomic_write_bytes
 from slimnas._lock import folder_lock
+from slimnas.arch.architecture import Architecture
 from slimnas.errors import LatencyTableError
 from slimnas.latency.devices import known_devices
-from slimnas.latency.table import DEVICE_FILE, DeviceInfo, LatencyTable, RuntimeInfo
+from slimnas.latency.table import DEVICE_FILE, LatencyTable
+from slimnas.measure.calibrate import NetworkTiming
+from slimnas.measure.describe import device_info, header
 from slimnas.measure.journal import Journal, Visit
-from slimnas.measure.machine import load_average, this_machine
+from slimnas.measure.machine import load_average, pinned, temperature_celsius
 from slimnas.measure.networks import Loader, runtime_loader
-from slimnas.measure.plan import Entry, Plan, make_plan
-from slimnas.measure.results import Check, Timing, make_table, timings
-from slimnas.measure.scope import Scope
-from slimnas.measure.timing import BUSY, Clocks, Protocol, Round, Stopwatch
-from slimnas.runtimes.base import Runtime
+from slimnas.measure.plan import Entry, network_entry
+from slimnas.measure.results import Check, make_table, network_timings, timings, usual_pace
+from slimnas.measure.schedule import Networks, Schedule, Shard
+from slimnas.measure.scope import Parts, Scope
+from slimnas.measure.summary import write_summary
+from slimnas.measure.timing import BUSY, Clocks, Protocol, Stopwatch
+from slimnas.runtimes.base import FileRuntime, Runtime
 
 JOURNAL_FILE = "journal.jsonl"
 SAMPLES_FILE = "samples.jsonl.gz"
-DTYPE = "fp32"
+SLOW_EXPORTS = ("executorch", "coreml")
+"""Runtimes whose files are worth keeping from one pass to the next: seconds per block."""
 
 Progress = Callable[[int, int, str], None]
-"""Called with visits done, visits planned, and what is timed next."""
+"""Called with visits done, visits planned as far as is known, and what is timed next."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class BuildJob:
         scope: the networks to price, at their deployment resolution.
         protocol: how.
         batch: images per call.
-        calibration: random networks that the overhead is fitted to.
-        held_out: random networks for the stated error.
+        networks: whole networks, for calibration and for the stated error.
+        shard: this host's part, if several share the work.
         force: replace a finished table.
     """
 
@@ -53,8 +59,8 @@ class BuildJob:
     scope: Scope
     protocol: Protocol = field(default_factory=Protocol)
     batch: int = 1
-    calibration: int = 4
-    held_out: int = 6
+    networks: Networks = field(default_factory=Networks)
+    shard: Shard | None = None
     force: bool = False
 
 
@@ -75,6 +81,16 @@ class BuiltTable:
     resumed: int
 
 
+@dataclass(frozen=True)
+class BuiltShard:
+    """A finished part of a build: a journal for `slimnas latency merge`."""
+
+    path: Path
+    shard: Shard
+    visits: int
+    resumed: int
+
+
 def build_table(
     job: BuildJob,
     runtime: Runtime,
@@ -89,7 +105,7 @@ def build_table(
     the journal becomes `samples.jsonl.gz`.
 
     Args:
-        job: what to measure.
+        job: what to measure, all of it.
         runtime: the runtime the prices are for.
         loader: makes networks ready to run; by default `runtime` does.
         clocks: what tells the time.
@@ -100,100 +116,191 @@ def build_table(
             machine is too busy, or the runtime uses more threads than it was given.
         RunFolderError: the folder is in use or cannot be written.
     """
-    if job.protocol.clock == "cpu" and runtime.threads > 1:
-        raise LatencyTableError(
-            f"--clock cpu times one thread, got {runtime.threads}; use --threads 1 or --clock wall"
-        )
-    _refuse_taken(job)
-    loader = loader or runtime_loader(runtime, batch=job.batch)
-    clocks = clocks or Clocks()
-    plan = make_plan(
-        job.scope,
-        chains=job.protocol.chains,
-        calibration=job.calibration,
-        held_out=job.held_out,
-        seed=job.protocol.seed,
-    )
-    with folder_lock(job.output):
-        journal = Journal(job.output / JOURNAL_FILE, _header(job, runtime))
+    with _journal(job, runtime) as journal:
         resumed = len(journal.visits)
-        busy = _time_all(plan, journal, job.protocol, loader, clocks, progress, runtime.threads)
-        found = timings(plan.entries, journal.visits)
-        device = _device(job, runtime, plan, journal.visits, busy)
-        table, checks = make_table(plan, found, device)
-        atomic_write_bytes(
-            job.output / SAMPLES_FILE, gzip.compress(journal.path.read_bytes(), mtime=0)
+        schedule = _time_all(job, runtime, journal, loader, clocks, progress)
+        found = header_of(job, runtime)
+        table, checks = finish_table(
+            job.output, found, schedule, journal.visits, date=date.today().isoformat()
         )
-        table.save(job.output)
         journal.path.unlink()
     return BuiltTable(table, job.output, checks, resumed)
 
 
-def _time_all(
-    plan: Plan,
-    journal: Journal,
+def build_shard(
+    job: BuildJob,
+    runtime: Runtime,
+    *,
+    loader: Loader | None = None,
+    clocks: Clocks | None = None,
+    progress: Progress | None = None,
+) -> BuiltShard:
+    """Measure one part of a table that several hosts share; arguments as in `build_table`.
+
+    The journal stays in the output folder, for `slimnas.measure.shards.merge`.
+    """
+    assert job.shard is not None
+    with _journal(job, runtime) as journal:
+        resumed = len(journal.visits)
+        _time_all(job, runtime, journal, loader, clocks, progress)
+    return BuiltShard(job.output, job.shard, len(journal.visits), resumed)
+
+
+def finish_table(
+    output: Path,
+    found: Mapping[str, Any],
+    schedule: Schedule,
+    visits: Sequence[Visit],
+    *,
+    date: str,
+) -> tuple[LatencyTable, tuple[Check, ...]]:
+    """Make the table of a complete journal and write its folder.
+
+    Args:
+        output: the table's folder; its name is the device's.
+        found: the journal's header.
+        schedule: the build's, with the plan that its visits led to.
+        visits: all of them.
+        date: when they ended.
+    """
+    device = device_info(output.name, found, schedule.plan, visits, date=date)
+    timed = timings(schedule.plan.entries, visits)
+    table, checks = make_table(schedule.plan, timed, device)
+    lines = Journal.lines(found, visits)
+    atomic_write_bytes(output / SAMPLES_FILE, gzip.compress(lines, mtime=0))
+    write_summary(output, schedule.plan, timed)
+    table.save(output)
+    return table, checks
+
+
+def time_networks(
+    architectures: Sequence[Architecture],
+    runtime: Runtime,
     protocol: Protocol,
-    loader: Loader,
-    clocks: Clocks,
+    *,
+    reference: Parts,
+    batch: int = 1,
+    loader: Loader | None = None,
+    clocks: Clocks | None = None,
+    progress: Progress | None = None,
+) -> tuple[tuple[NetworkTiming, ...], float]:
+    """Time whole networks by the protocol, interleaved with a reference network.
+
+    Args:
+        architectures: different networks.
+        runtime: what runs them.
+        protocol: how often and how long.
+        reference: the network timed around every round.
+        batch: images per call.
+        loader, clocks, progress: as in `build_table`.
+
+    Returns:
+        Their timings in the same order, and the reference's latency in milliseconds meanwhile.
+
+    Raises:
+        LatencyTableError: the machine is too busy, or the runtime uses too many threads.
+    """
+    entries = [network_entry(one) for one in architectures]
+    visits: list[Visit] = []
+    with pinned(runtime.threads), tempfile.TemporaryDirectory() as folder:
+        load = loader or runtime_loader(runtime, batch=batch, exports=_exports(runtime, folder))
+        stopwatch = _stopwatch(protocol, runtime, load, reference, clocks or Clocks(), ())
+        for number in range(protocol.passes):
+            order = list(entries)
+            random.Random(f"{protocol.seed} {number}").shuffle(order)
+            for entry in order:
+                if progress is not None:
+                    progress(len(visits), protocol.passes * len(entries), entry.name)
+                visits.append(_visit(stopwatch, load, protocol, number, entry))
+    if progress is not None:
+        progress(len(visits), len(visits), "done")
+    found = timings(entries, visits)
+    pace_ms = usual_pace(one for visit in visits for one in visit.rounds)
+    return network_timings(architectures, found), pace_ms
+
+
+@contextlib.contextmanager
+def _journal(job: BuildJob, runtime: Runtime) -> Iterator[Journal]:
+    """The journal of a build in its locked folder."""
+    if job.protocol.clock == "cpu" and (runtime.threads > 1 or runtime.compute_unit != "cpu"):
+        raise LatencyTableError(
+            f"--clock cpu times one thread of a CPU, got {runtime.threads} on "
+            f"{runtime.compute_unit}; use --threads 1 or --clock wall"
+        )
+    _refuse_taken(job)
+    with folder_lock(job.output):
+        yield Journal(job.output / JOURNAL_FILE, header_of(job, runtime))
+
+
+def header_of(job: BuildJob, runtime: Runtime) -> dict[str, Any]:
+    """The header of a job's journal."""
+    return header(job.scope, runtime, job.protocol, job.networks, batch=job.batch, shard=job.shard)
+
+
+def _time_all(
+    job: BuildJob,
+    runtime: Runtime,
+    journal: Journal,
+    loader: Loader | None,
+    clocks: Clocks | None,
     progress: Progress | None,
-    threads: int,
-) -> float | None:
-    """Make the visits the journal lacks; returns the busy threads, none if nothing lacked."""
-    stopwatch, busy = None, None
-    for number, entry, planned in _wanted(plan, journal, protocol):
-        if stopwatch is None:
-            stopwatch = Stopwatch(protocol, loader(plan.reference), clocks)
-            busy = _checked_threads(stopwatch, threads)
-            stopwatch.prime([ms for one in _rounds(journal.visits) for ms in one.reference_ms])
-        if progress is not None:
-            progress(len(journal.visits), planned, entry.name)
-        calls = [loader(term.parts) for term in entry.terms]
-        rng = random.Random(f"{protocol.seed} {number} {entry.name}")
-        rounds = stopwatch.rounds(calls, name=entry.name, rng=rng)
-        journal.append(Visit(entry.name, number, rounds))
+) -> Schedule:
+    """Make the visits the journal lacks; returns the schedule, its plan complete."""
+    schedule = Schedule(job.scope, job.protocol, job.networks, job.shard)
+    stopwatch = None
+    with pinned(runtime.threads), tempfile.TemporaryDirectory() as folder:
+        exports = _exports(runtime, folder)
+        load = loader or runtime_loader(runtime, batch=job.batch, exports=exports)
+        for number, entry, planned in schedule.missing(journal.visits):
+            if stopwatch is None:
+                stopwatch = _stopwatch(
+                    job.protocol,
+                    runtime,
+                    load,
+                    schedule.plan.reference,
+                    clocks or Clocks(),
+                    [ms for v in journal.visits for one in v.rounds for ms in one.reference_ms],
+                )
+            if progress is not None:
+                progress(len(journal.visits), planned, entry.name)
+            journal.append(_visit(stopwatch, load, job.protocol, number, entry))
     if progress is not None:
         progress(len(journal.visits), len(journal.visits), "done")
-    return busy
+    return schedule
 
 
-def _checked_threads(stopwatch: Stopwatch, threads: int) -> float:
+def _exports(runtime: Runtime, folder: str) -> Path | None:
+    """Where exported files are kept during a build; nowhere if the runtime exports fast."""
+    slow = isinstance(runtime, FileRuntime) and runtime.name.partition("[")[0] in SLOW_EXPORTS
+    return Path(folder) if slow else None
+
+
+def _stopwatch(
+    protocol: Protocol,
+    runtime: Runtime,
+    load: Loader,
+    reference: Parts,
+    clocks: Clocks,
+    paces_ms: Sequence[float],
+) -> Stopwatch:
+    stopwatch = Stopwatch(protocol, load(reference), clocks)
     busy = stopwatch.busy_threads()
-    if busy > BUSY * threads:
+    if busy > BUSY * runtime.threads and runtime.compute_unit == "cpu":
         raise LatencyTableError(
-            f"the runtime must stay on the {threads} thread(s) it was given, {busy:.1f} are busy; "
-            "set OMP_NUM_THREADS to the number of threads"
+            f"the runtime must stay on the {runtime.threads} thread(s) it was given, {busy:.1f} "
+            "are busy; set OMP_NUM_THREADS to the number of threads"
         )
-    return busy
+    stopwatch.prime(paces_ms)
+    return stopwatch
 
 
-def _wanted(plan: Plan, journal: Journal, protocol: Protocol) -> Iterator[tuple[int, Entry, int]]:
-    """Yield (pass, entry, visits planned) for every visit that is not in the journal yet.
-
-    After the regular passes come extra ones over the components that are still uncertain. What
-    they are follows from the journal alone, so that a resumed build makes the same visits.
-    """
-    planned = 0
-    for number in range(protocol.passes + protocol.extra_passes):
-        entries = list(plan.entries)
-        if number >= protocol.passes:
-            earlier = [visit for visit in journal.visits if visit.number < number]
-            entries = _uncertain(plan, timings(plan.components, earlier), protocol.precision)
-            planned += len(entries)
-        else:
-            planned = protocol.passes * len(entries)
-        random.Random(f"{protocol.seed} {number}").shuffle(entries)
-        done = {visit.entry for visit in journal.visits if visit.number == number}
-        for entry in entries:
-            if entry.name not in done:
-                yield number, entry, planned
-
-
-def _uncertain(plan: Plan, found: dict[str, Timing], precision: float) -> list[Entry]:
-    return [
-        entry
-        for entry in plan.components
-        if found[entry.name].error_ms > precision * found[entry.name].latency_ms
-    ]
+def _visit(
+    stopwatch: Stopwatch, load: Loader, protocol: Protocol, number: int, entry: Entry
+) -> Visit:
+    calls = [load(term.parts) for term in entry.terms]
+    rng = random.Random(f"{protocol.seed} {number} {entry.name}")
+    rounds = stopwatch.rounds(calls, name=entry.name, rng=rng)
+    return Visit(entry.name, number, rounds, load_average(), temperature_celsius())
 
 
 def _refuse_taken(job: BuildJob) -> None:
@@ -220,69 +327,3 @@ def _refuse_taken(job: BuildJob) -> None:
             f"{job.output}: holds a finished table measured on {table.device.date}; choose "
             "another --output, or measure it anew with --force"
         )
-
-
-def _header(job: BuildJob, runtime: Runtime) -> dict[str, Any]:
-    """Everything that must agree before visits may be mixed."""
-    machine = this_machine()
-    return {
-        "tool_version": __version__,
-        **job.scope.identity,
-        "runtime": {
-            "name": runtime.name,
-            "version": runtime.version,
-            "compute_unit": runtime.compute_unit,
-            "threads": runtime.threads,
-        },
-        "machine": {"cpu": machine.cpu, "cores": machine.cores},
-        "batch": job.batch,
-        "networks": {"calibration": job.calibration, "held_out": job.held_out},
-        "protocol": job.protocol.to_dict(),
-    }
-
-
-def _device(
-    job: BuildJob,
-    runtime: Runtime,
-    plan: Plan,
-    visits: Sequence[Visit],
-    busy: float | None,
-) -> DeviceInfo:
-    machine = this_machine()
-    rounds = list(_rounds(visits))
-    rejected = sum(not one.accepted for one in rounds)
-    pace_ms = median(one.pace for one in rounds if one.accepted)
-    load = load_average()
-    notes = [
-        f"{job.scope.title}: {len(plan.components)} components timed, widths between them "
-        "are interpolated",
-        f"overhead: mean excess of {len(plan.calibration)} whole networks over the sum of their "
-        "components, not below one call",
-        f"{rejected} of {len(rounds)} rounds rejected; reference network {pace_ms:.4f} ms",
-        f"frequency governor: {machine.governor or 'cannot be read'}",
-    ]
-    if load is not None:
-        notes.append(f"load average of the last minute at the end: {load:.2f}")
-    if busy is not None:
-        notes.append(f"threads busy in a call: {busy:.2f}")
-    return DeviceInfo(
-        name=job.output.name,
-        device=f"{machine.architecture} machine with {machine.cores} cores",
-        soc=machine.cpu,
-        os=machine.system,
-        runtime=RuntimeInfo(name=runtime.name, version=runtime.version),
-        compute_unit=runtime.compute_unit,
-        dtype=DTYPE,
-        batch=job.batch,
-        threads=runtime.threads,
-        protocol=job.protocol.describe(),
-        date=date.today().isoformat(),
-        tool_version=__version__,
-        kind="measured",
-        notes=tuple(notes),
-    )
-
-
-def _rounds(visits: Sequence[Visit]) -> Iterator[Round]:
-    for visit in visits:
-        yield from visit.rounds

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +18,29 @@ from slimnas.errors import LatencyTableError, RunFolderError
 from slimnas.measure.timing import Round
 
 SCHEMA = "slimnas/latency-journal/1"
+LONGEST = 80
+"""Characters of a value that a message still shows."""
 DIGITS = 6
 """Decimals of a sample in milliseconds: nanoseconds."""
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One entry's rounds in one pass."""
+    """One entry's rounds in one pass.
+
+    Attributes:
+        entry: its name.
+        number: the pass.
+        rounds: in the order they were made.
+        load: load average of the last minute, where it is known.
+        celsius: temperature of the hottest sensor, where there is one.
+    """
 
     entry: str
     number: int
     rounds: tuple[Round, ...]
+    load: float | None = None
+    celsius: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for one line of the journal."""
@@ -37,7 +52,9 @@ class Visit:
             }
             for one in self.rounds
         ]
-        return {"entry": self.entry, "pass": self.number, "rounds": rounds}
+        known = {"load": self.load, "celsius": self.celsius}
+        state = {name: round(value, 2) for name, value in known.items() if value is not None}
+        return {"entry": self.entry, "pass": self.number, **state, "rounds": rounds}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Visit:
@@ -54,7 +71,8 @@ class Visit:
             )
             for one in data["rounds"]
         )
-        return cls(str(data["entry"]), int(data["pass"]), rounds)
+        state = {name: float(data[name]) for name in ("load", "celsius") if name in data}
+        return cls(str(data["entry"]), int(data["pass"]), rounds, **state)
 
 
 class Journal:
@@ -75,8 +93,8 @@ class Journal:
         first = json_line({"schema": SCHEMA, **header})
         whole = whole_lines(path, LatencyTableError)
         if whole:
-            self._check(json.loads(first), whole[0])
-            self.visits = [self._visit(i, line) for i, line in enumerate(whole[1:], start=2)]
+            _check(path, json.loads(first), whole[0])
+            self.visits = _visits(path, whole)
         else:
             atomic_write_bytes(path, first)
             whole = [first]
@@ -85,6 +103,12 @@ class Journal:
             os.truncate(path, sum(len(line) for line in whole))
         except OSError as error:
             raise _cannot_write(path, error) from error
+
+    @staticmethod
+    def lines(header: Mapping[str, Any], visits: Iterable[Visit]) -> bytes:
+        """Return a journal's text."""
+        documents = ({"schema": SCHEMA, **header}, *(visit.to_dict() for visit in visits))
+        return b"".join(map(json_line, documents))
 
     def append(self, visit: Visit) -> None:
         """Add `visit`; it survives a kill and a power cut from here on.
@@ -101,27 +125,64 @@ class Journal:
             raise _cannot_write(self.path, error) from error
         self.visits.append(visit)
 
-    def _check(self, wanted: dict[str, Any], line: bytes) -> None:
-        found = parse_line(line)
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-            raise LatencyTableError(
-                f"{self.path}:1: must begin with a {SCHEMA} header; remove the file to start anew"
-            )
-        for key in sorted({*wanted, *found}):
-            if wanted.get(key) != found.get(key):
-                raise LatencyTableError(
-                    f"{self.path}: belongs to another build: its {key} is "
-                    f"{_difference(found.get(key), wanted.get(key))}; repeat that command to "
-                    "finish it, choose another --output, or remove the file"
-                )
 
-    def _visit(self, number: int, line: bytes) -> Visit:
+def read_journal(path: Path) -> tuple[dict[str, Any], list[Visit]]:
+    """Read the header and the visits of a journal, or of the samples beside a finished table.
+
+    Raises:
+        LatencyTableError: no file, no journal, or a damaged line.
+    """
+    if path.suffix == ".gz":
         try:
-            return Visit.from_dict(parse_line(line))
+            whole = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+        except (OSError, EOFError, zlib.error) as error:
+            raise LatencyTableError(
+                f"{path}: must hold a build's samples ({error}); measure the table anew"
+            ) from error
+    else:
+        whole = whole_lines(path, LatencyTableError)
+    if not whole:
+        raise LatencyTableError(f"{path}: no build's journal there; begin one with latency build")
+    header = _header(path, whole[0])
+    return {name: value for name, value in header.items() if name != "schema"}, _visits(path, whole)
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    """Name the first thing that two headers do not have in common; none if they agree."""
+    for key in sorted({*wanted, *found}):
+        if wanted.get(key) != found.get(key):
+            return f"its {key} is {_difference(found.get(key), wanted.get(key))}"
+    return None
+
+
+def _header(path: Path, line: bytes) -> dict[str, Any]:
+    found = parse_line(line)
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise LatencyTableError(
+            f"{path}:1: must begin with a {SCHEMA} header; remove the file to start anew"
+        )
+    return found
+
+
+def _check(path: Path, wanted: dict[str, Any], line: bytes) -> None:
+    other = difference(_header(path, line), wanted)
+    if other is not None:
+        raise LatencyTableError(
+            f"{path}: belongs to another build: {other}; repeat that command to "
+            "finish it, choose another --output, or remove the file"
+        )
+
+
+def _visits(path: Path, lines: Sequence[bytes]) -> list[Visit]:
+    found = []
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            found.append(Visit.from_dict(parse_line(line)))
         except (KeyError, TypeError, ValueError, IndexError):
             raise LatencyTableError(
-                f"{self.path}:{number}: damaged line; remove the file to start anew"
+                f"{path}:{number}: damaged line; remove the file to start anew"
             ) from None
+    return found
 
 
 def _rounded(values: tuple[float, ...]) -> list[float]:
@@ -133,8 +194,15 @@ def _difference(found: Any, wanted: Any) -> str:
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted({*found, *wanted}):
             if found.get(key) != wanted.get(key):
-                return f"{key} {found.get(key)!r}, not {wanted.get(key)!r}"
-    return f"{found!r}, not {wanted!r}"
+                return f"{key} {_short(found.get(key))}, not {_short(wanted.get(key))}"
+    return f"{_short(found)}, not {_short(wanted)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    if len(text) <= LONGEST:
+        return text
+    return f"another one (digest {sha256(text.encode()).hexdigest()[:8]})"
 
 
 def _cannot_write(path: Path, error: OSError) -> RunFolderError:

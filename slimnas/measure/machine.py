@@ -1,9 +1,11 @@
-"""What machine this is, for the provenance of a table."""
+"""What machine this is, for the provenance of a table, and which of its cores do the timing."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,35 @@ def load_average() -> float | None:
         return os.getloadavg()[0]
     except (OSError, AttributeError):  # not on every system
         return None
+
+
+def temperature_celsius() -> float | None:
+    """Return the temperature of the hottest sensor, or none where none can be read."""
+    found = []
+    for sensor in Path("/sys/class/thermal").glob("thermal_zone*/temp"):
+        text = _first_line(sensor)
+        if text is not None and text.lstrip("-").isdigit():
+            found.append(int(text) / 1000)
+    return max(found, default=None)
+
+
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Keep this thread, and those it starts, on the last `threads` cores it may use.
+
+    The first ones get most of what else a machine does. Where the system has no such thing, or
+    there are fewer cores, nothing is changed.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    usable = os.sched_getaffinity(0)
+    if threads < len(usable):
+        os.sched_setaffinity(0, sorted(usable)[-threads:])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, usable)
 
 
 def _cores() -> int:

@@ -60,7 +60,7 @@ class ModelScope:
     @property
     def identity(self) -> Mapping[str, Any]:
         """See `Scope`."""
-        return {"model": {"name": self.model.name, "sha256": self.model.digest}}
+        return {"scope": {"model": self.model.to_yaml()}}
 
     @cached_property
     def neighbours(self) -> Mapping[tuple[int, int], Component]:
@@ -79,6 +79,9 @@ class ModelScope:
             name = f"stages.{blocks[0].stage}.blocks"
             for spec in _variants(blocks):
                 yield replace(blocks[0], name=name, spec=spec)
+
+    def grid(self) -> None:
+        """See `Scope`: widths inside a block are not chosen by error."""
 
     def network(self, rng: random.Random) -> Architecture:
         """Draw a pruned form: how much stays is drawn once, then the widths of every block."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from slimnas.nn.build import make_module
 from slimnas.nn.fold import fold
 from slimnas.nn.layout import layout_of, run_module
 from slimnas.nn.seeding import seeded
-from slimnas.runtimes.base import Runtime
+from slimnas.runtimes.base import DeviceSession, FileRuntime, Runtime
 
 Loader = Callable[[Parts], Call]
 """Makes a network of these components ready to run."""
@@ -62,11 +64,33 @@ def network_and_input(parts: Parts, batch: int, *, seed: int = 0) -> tuple[nn.Mo
     return fold(chain), x
 
 
-def runtime_loader(runtime: Runtime, *, batch: int = 1) -> Loader:
-    """Return the loader of `runtime` for batches of `batch` images."""
+def runtime_loader(runtime: Runtime, *, batch: int = 1, exports: Path | None = None) -> Loader:
+    """Return the loader of `runtime` for batches of `batch` images.
+
+    Args:
+        runtime: what runs the networks.
+        batch: images per call.
+        exports: a folder where files are kept, so that a network that is loaded again is not
+            exported again; only for runtimes of files.
+    """
 
     def load(parts: Parts) -> Call:
         network, x = network_and_input(parts, batch)
-        return partial(runtime.load(network, x).run, x.numpy())
+        if exports is None or not isinstance(runtime, FileRuntime):
+            session = runtime.load(network, x)
+        else:
+            file = exports / f"{_digest(parts, batch)}{runtime.suffix}"
+            if not file.exists():
+                file.write_bytes(runtime.export(network, x))
+            session = runtime.open(file.read_bytes())
+        if isinstance(session, DeviceSession):
+            return session.bind(x.numpy())
+        return partial(session.run, x.numpy())
 
     return load
+
+
+def _digest(parts: Parts, batch: int) -> str:
+    """Name what the components compute, wherever they stand in a network."""
+    what = [(part.kind, part.spec, part.input, part.output) for part in parts]
+    return sha256(f"{what} {batch}".encode()).hexdigest()

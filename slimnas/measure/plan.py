@@ -15,7 +15,7 @@ component is timed with the neighbours it has in a network, and fuses with them 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from slimnas.arch.architecture import Architecture
@@ -55,7 +55,7 @@ class Plan:
         reference: the network timed around every round, to see the machine drift.
         components: one entry per row of the table but the overhead.
         nothing: what a call costs.
-        calibration: random networks that the overhead is fitted to.
+        calibration: random networks that correct the prices.
         held_out: other random networks, for the stated error alone.
         sample: what the random networks are, in words.
     """
@@ -81,24 +81,29 @@ def make_plan(
     calibration: int = 4,
     held_out: int = 6,
     seed: int = 0,
+    components: Iterable[Component] | None = None,
 ) -> Plan:
     """Plan the table of `scope`.
+
+    The random networks are drawn in one sequence, the held-out ones first: more calibration
+    networks leave all others what they are.
 
     Args:
         scope: what its networks can contain.
         chains: lengths k and m of the two chains of a block.
-        calibration: random networks for the overhead.
+        calibration: random networks for the correction of the prices.
         held_out: random networks for the error figures.
         seed: of the random networks.
+        components: what to time; by default all that the scope lists.
     """
-    rng = random.Random(seed)
-    networks = _random_networks(scope, calibration + held_out, rng)
+    networks = _random_networks(scope, calibration + held_out, random.Random(seed))
+    listed = scope.components() if components is None else components
     return Plan(
-        reference=scope.reference(rng),
-        components=tuple(_component_entries(scope, chains)),
+        reference=scope.reference(random.Random(seed)),
+        components=tuple(entries_for(scope, listed, chains)),
         nothing=Entry("nothing", (Term((), 1.0),)),
-        calibration=tuple(networks[:calibration]),
-        held_out=tuple(networks[calibration:]),
+        calibration=tuple(networks[held_out:]),
+        held_out=tuple(networks[:held_out]),
         sample=scope.sample,
     )
 
@@ -108,10 +113,13 @@ def network_entry(architecture: Architecture) -> Entry:
     return Entry(f"network {architecture.digest}", (Term(tuple(walk(architecture)), 1.0),))
 
 
-def _component_entries(scope: Scope, chains: tuple[int, int]) -> Iterator[Entry]:
+def entries_for(
+    scope: Scope, components: Iterable[Component], chains: tuple[int, int]
+) -> Iterator[Entry]:
+    """Yield the entry of every price of `components`, each once."""
     neighbours = scope.neighbours
     seen = set()
-    for part in scope.components():
+    for part in components:
         key = price_key(part)
         if key not in seen:
             seen.add(key)

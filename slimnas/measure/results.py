@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, stdev
+from statistics import NormalDist, fmean, median
 
 import numpy as np
 from scipy import stats
@@ -16,7 +16,8 @@ from slimnas.errors import LatencyTableError
 from slimnas.latency.estimate import estimate
 from slimnas.latency.keys import OVERHEAD
 from slimnas.latency.rows import PriceRow
-from slimnas.latency.table import DeviceInfo, ErrorFigure, IntervalInfo, LatencyTable
+from slimnas.latency.table import DeviceInfo, ErrorFigure, IntervalInfo, LatencyTable, RuntimeInfo
+from slimnas.measure.calibrate import Calibration, NetworkTiming, calibrate
 from slimnas.measure.journal import Visit
 from slimnas.measure.plan import Entry, Plan, network_entry
 from slimnas.measure.timing import Round
@@ -24,11 +25,29 @@ from slimnas.measure.timing import Round
 LEVEL = 0.9
 """Share of networks that the stated interval is meant to hold."""
 
+FEWEST = 3
+"""Fewer whole networks than this correct nothing."""
+
 SURE = 3.0
 """Standard errors below zero at which a price is wrong and not just lost in noise."""
 
 LEAST_MS = 1e-6
 """The least price of a row: a nanosecond."""
+
+UNNAMED = DeviceInfo(
+    name="prior",
+    device="",
+    soc="",
+    os="",
+    runtime=RuntimeInfo(name="", version=""),
+    compute_unit="",
+    dtype="",
+    protocol="",
+    date="",
+    tool_version="",
+    kind="measured",
+)
+"""Of a table that lives only as long as a computation."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +57,15 @@ class Timing:
     Attributes:
         latency_ms: median over rounds; a difference of latencies may come out negative.
         spread_ms: interquartile range over rounds.
+        p10_ms: a tenth of the rounds were faster.
+        p90_ms: a tenth were slower.
         n: number of rounds.
     """
 
     latency_ms: float
     spread_ms: float
+    p10_ms: float
+    p90_ms: float
     n: int
 
     @property
@@ -50,19 +73,38 @@ class Timing:
         """Standard error of the median, for a normal distribution of this spread."""
         return 1.2533 * self.spread_ms / 1.349 / math.sqrt(self.n)
 
+    def interval_ms(self, level: float = LEVEL) -> tuple[float, float]:
+        """Confidence interval of the median."""
+        half = NormalDist().inv_cdf(0.5 + level / 2) * self.error_ms
+        return self.latency_ms - half, self.latency_ms + half
+
 
 @dataclass(frozen=True)
 class Check:
-    """A whole network, as the table sees it and as it was measured."""
+    """A whole network, as the table sees it and as it was measured.
+
+    Attributes:
+        architecture: which network.
+        predicted_ms: the table's estimate.
+        measured_ms: the network's latency.
+        interval_ms: the estimate's interval; none where it is not known yet.
+    """
 
     architecture: Architecture
     predicted_ms: float
     measured_ms: float
+    interval_ms: tuple[float, float] | None = None
 
     @property
     def error(self) -> float:
         """Prediction over measurement, minus one."""
         return self.predicted_ms / self.measured_ms - 1
+
+    @property
+    def covered(self) -> bool:
+        """Whether the interval holds the measurement."""
+        low_ms, high_ms = self.interval_ms or (math.nan, math.nan)
+        return low_ms <= self.measured_ms <= high_ms
 
 
 def timings(entries: Iterable[Entry], visits: Iterable[Visit]) -> dict[str, Timing]:
@@ -74,25 +116,49 @@ def timings(entries: Iterable[Entry], visits: Iterable[Visit]) -> dict[str, Timi
     rounds: defaultdict[str, list[Round]] = defaultdict(list)
     for visit in visits:
         rounds[visit.entry] += [one for one in visit.rounds if one.accepted]
-    paces = [one.pace for accepted in rounds.values() for one in accepted]
-    usual = median(paces) if paces else 0.0
+    usual = usual_pace(one for accepted in rounds.values() for one in accepted)
     found = {}
     for entry in entries:
         shares = [term.share for term in entry.terms]
         values = [one.price_ms(shares) * usual / one.pace for one in rounds[entry.name]]
         if values:
-            low, high = np.percentile(values, [25, 75])
-            found[entry.name] = Timing(median(values), float(high - low), len(values))
+            p10, low, high, p90 = map(float, np.percentile(values, [10, 25, 75, 90]))
+            found[entry.name] = Timing(median(values), high - low, p10, p90, len(values))
     return found
+
+
+def usual_pace(rounds: Iterable[Round]) -> float:
+    """The reference's median latency in milliseconds over accepted rounds; 0 without any."""
+    paces = [one.pace for one in rounds if one.accepted]
+    return median(paces) if paces else 0.0
+
+
+def make_prior(
+    plan: Plan, found: Mapping[str, Timing], device: DeviceInfo | None = None
+) -> LatencyTable:
+    """Return the table of isolated parts, its overhead that of one call.
+
+    Args:
+        plan: what was timed.
+        found: the timing of every entry of the plan but whole networks.
+        device: provenance, where the table is to be kept.
+
+    Raises:
+        LatencyTableError: a component whose price is negative beyond its error.
+    """
+    rows = [_row(entry, found[entry.name]) for entry in plan.components]
+    call = found[plan.nothing.name]
+    call_ms = max(call.latency_ms, LEAST_MS)
+    overhead = PriceRow(OVERHEAD, call_ms, call.spread_ms, call.n, "measured")
+    return LatencyTable(device or UNNAMED, (*rows, overhead))
 
 
 def make_table(
     plan: Plan, found: Mapping[str, Timing], device: DeviceInfo
 ) -> tuple[LatencyTable, tuple[Check, ...]]:
-    """Turn timings into a table, fit its overhead, and state its error on held-out networks.
+    """Turn timings into a table, correct it by whole networks, and state its error on others.
 
-    The overhead is the mean of what the calibration networks take beyond the sum of their
-    components, and never less than one call.
+    With fewer than `FEWEST` calibration networks the prices stay those of isolated parts.
 
     Args:
         plan: what was timed.
@@ -105,28 +171,132 @@ def make_table(
     Raises:
         LatencyTableError: a component whose price is negative beyond its error.
     """
-    rows = [_row(entry, found[entry.name]) for entry in plan.components]
-    parts_only = LatencyTable(device, tuple(rows))
-    rest = [
-        check.measured_ms - check.predicted_ms
-        for check in _checks(plan.calibration, parts_only, found)
-    ]
-    rows.append(_overhead(rest, found[plan.nothing.name]))
-    table = LatencyTable(device, tuple(rows))
-    checks = _checks(plan.held_out, table, found)
+    prior = make_prior(plan, found, device)
+    networks = network_timings(plan.calibration, found)
+    fit = calibrate(prior, networks) if len(networks) >= FEWEST else None
+    rows = prior.rows if fit is None else fit.table.rows
+    held_out = network_timings(plan.held_out, found)
+    checks = _checks(held_out, LatencyTable(device, rows))
+    before = _checks(held_out, prior)
+    left_out = [] if fit is None else _left_out(fit, networks)
+    covered = tuple(_with_interval(i, checks, left_out) for i in range(len(checks)))
+    what = f"{plan.sample}, measured whole and used for nothing else"
+    errors = []
+    if checks:
+        errors = [error_figure(covered, what)]
+        if fit is not None:
+            errors.append(error_figure(before, f"the same before calibration on {len(networks)}"))
     stated = device.model_copy(
         update={
-            "errors": (_figure(checks, plan.sample),) if checks else (),
-            "interval": _interval(checks),
-            "notes": (*device.notes, *_lost(plan, found)),
+            "errors": tuple(errors),
+            "interval": interval([*checks, *left_out]),
+            "notes": (*device.notes, *_notes(plan, found, fit)),
         }
     )
-    return LatencyTable(stated, tuple(rows)), checks
+    return LatencyTable(stated, rows), covered
 
 
-def _lost(plan: Plan, found: Mapping[str, Timing]) -> list[str]:
+def network_timings(
+    networks: Iterable[Architecture], found: Mapping[str, Timing]
+) -> tuple[NetworkTiming, ...]:
+    """Return those of `networks` that were timed."""
+    timed = ((one, found.get(network_entry(one).name)) for one in networks)
+    return tuple(
+        NetworkTiming(one, timing.latency_ms, timing.error_ms)
+        for one, timing in timed
+        if timing is not None
+    )
+
+
+def error_figure(checks: Sequence[Check], what: str) -> ErrorFigure:
+    """State how far the estimates of `checks` were off; at least one check.
+
+    Args:
+        checks: predictions beside measurements.
+        what: which networks, and how they were held out.
+    """
+    errors = [100 * check.error for check in checks]
+    predicted = [check.predicted_ms for check in checks]
+    measured = [check.measured_ms for check in checks]
+    spearman = None
+    if len(set(predicted)) > 1 and len(set(measured)) > 1:
+        spearman = round(float(stats.spearmanr(predicted, measured).statistic), 4)
+    known = all(check.interval_ms for check in checks)
+    return ErrorFigure(
+        what=what,
+        networks=len(checks),
+        mape_percent=round(fmean(abs(error) for error in errors), 3),
+        bias_percent=round(fmean(errors), 3),
+        max_percent=round(max(abs(error) for error in errors), 3),
+        within_5_percent=_percentage(abs(error) <= 5 for error in errors),
+        within_10_percent=_percentage(abs(error) <= 10 for error in errors),
+        coverage_percent=_percentage(check.covered for check in checks) if known else None,
+        spearman=spearman,
+    )
+
+
+def interval(checks: Sequence[Check]) -> IntervalInfo | None:
+    """Relative interval of an estimate from networks that the table had not seen.
+
+    The half-width is the split-conformal quantile of |measured / predicted - 1|: the
+    ceil((n + 1) x level)-th smallest, the largest where n is too small for the level, and the
+    level is then n / (n + 1). None from fewer than two networks.
+    """
+    count = len(checks)
+    if count < 2:
+        return None
+    sizes = sorted(abs(check.measured_ms / check.predicted_ms - 1) for check in checks)
+    rank = min(math.ceil((count + 1) * LEVEL - 1e-9), count)
+    half = round(100 * sizes[rank - 1], 3)
+    return IntervalInfo(
+        level=round(min(LEVEL, count / (count + 1)), 3),
+        low_percent=min(half, 99.9),
+        high_percent=half,
+        basis=f"the {rank}-th smallest of {count} errors |measured / predicted - 1| of networks "
+        "the prices had not seen",
+    )
+
+
+def _with_interval(i: int, checks: Sequence[Check], left_out: Sequence[Check]) -> Check:
+    """A held-out network with the interval that all other networks give it."""
+    check = checks[i]
+    others = interval([*checks[:i], *checks[i + 1 :], *left_out])
+    if others is None:
+        return check
+    low_ms = check.predicted_ms * (1 - others.low_percent / 100)
+    high_ms = check.predicted_ms * (1 + others.high_percent / 100)
+    return Check(check.architecture, check.predicted_ms, check.measured_ms, (low_ms, high_ms))
+
+
+def _left_out(fit: Calibration, networks: Sequence[NetworkTiming]) -> list[Check]:
+    return [
+        Check(one.architecture, predicted_ms, one.latency_ms)
+        for one, predicted_ms in zip(networks, fit.left_out_ms, strict=True)
+    ]
+
+
+def _checks(networks: Iterable[NetworkTiming], table: LatencyTable) -> tuple[Check, ...]:
+    return tuple(
+        Check(one.architecture, estimate(one.architecture, table).latency_ms, one.latency_ms)
+        for one in networks
+    )
+
+
+def _percentage(hits: Iterable[bool]) -> float:
+    return round(100 * fmean(map(float, hits)), 3)
+
+
+def _notes(plan: Plan, found: Mapping[str, Timing], fit: Calibration | None) -> list[str]:
+    notes = []
+    if fit is not None:
+        notes.append(
+            f"calibrated on {len(fit.left_out_ms)} whole networks; scales of the correction: "
+            f"{100 * fit.common:g} % common, {100 * fit.own:g} % per kind of part"
+        )
     lost = [entry.name for entry in plan.components if found[entry.name].latency_ms <= 0]
-    return [f"lost in noise, priced at the standard error: {', '.join(lost)}"] if lost else []
+    if lost:
+        notes.append(f"lost in noise, priced at the standard error: {', '.join(lost)}")
+    return notes
 
 
 def _row(entry: Entry, timing: Timing) -> PriceRow:
@@ -143,54 +313,3 @@ def _row(entry: Entry, timing: Timing) -> PriceRow:
         )
     latency_ms = timing.latency_ms if timing.latency_ms > 0 else timing.error_ms
     return PriceRow(entry.key, max(latency_ms, LEAST_MS), timing.spread_ms, timing.n, "measured")
-
-
-def _overhead(rest_ms: Sequence[float], call: Timing) -> PriceRow:
-    if not rest_ms:
-        return PriceRow(OVERHEAD, call.latency_ms, call.spread_ms, call.n, "measured")
-    error_ms = stdev(rest_ms) / len(rest_ms) ** 0.5 if len(rest_ms) > 1 else 0.0
-    latency_ms = max(fmean(rest_ms), call.latency_ms)
-    return PriceRow(OVERHEAD, latency_ms, error_ms, len(rest_ms), "fitted")
-
-
-def _checks(
-    networks: Iterable[Architecture], table: LatencyTable, found: Mapping[str, Timing]
-) -> tuple[Check, ...]:
-    return tuple(
-        Check(one, estimate(one, table).latency_ms, found[network_entry(one).name].latency_ms)
-        for one in networks
-    )
-
-
-def _figure(checks: Sequence[Check], sample: str) -> ErrorFigure:
-    errors = [100 * check.error for check in checks]
-    predicted = [check.predicted_ms for check in checks]
-    measured = [check.measured_ms for check in checks]
-    spearman = None
-    if len(set(predicted)) > 1 and len(set(measured)) > 1:
-        spearman = round(float(stats.spearmanr(predicted, measured).statistic), 4)
-    return ErrorFigure(
-        what=f"{sample}, measured whole and used for nothing else",
-        networks=len(checks),
-        mape_percent=round(fmean(abs(error) for error in errors), 3),
-        bias_percent=round(fmean(errors), 3),
-        max_percent=round(max(abs(error) for error in errors), 3),
-        spearman=spearman,
-    )
-
-
-def _interval(checks: Sequence[Check]) -> IntervalInfo | None:
-    """Student's t prediction interval of truth over estimate from the held-out networks."""
-    n = len(checks)
-    if n < 2:
-        return None
-    truths = [check.measured_ms / check.predicted_ms - 1 for check in checks]
-    quantile = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1))
-    half = quantile * stdev(truths) * (1 + 1 / n) ** 0.5
-    low, high = fmean(truths) - half, fmean(truths) + half
-    return IntervalInfo(
-        level=LEVEL,
-        low_percent=round(min(max(0.0, -100 * low), 99.9), 3),
-        high_percent=round(max(0.0, 100 * high), 3),
-        basis=f"Student's t prediction interval from {n} held-out networks",
-    )

@@ -6,7 +6,6 @@ interpolates, and draws the random networks that the table is checked on.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from slimnas.arch.space import SearchSpace
 from slimnas.arch.vit import TokenHead
 from slimnas.arch.walk import Component, walk
 from slimnas.latency.spaces import space_components
+from slimnas.measure.grid import WidthGrid
 
 WIDTH_RATIO = 1.35
 """Widths of blocks, stems and heads grow by about this from row to row. Linear interpolation of
@@ -59,6 +59,9 @@ class Scope(Protocol):
     def components(self) -> Iterator[Component]:
         """Yield what to time; each has one price, several may have the same."""
 
+    def grid(self) -> WidthGrid | None:
+        """All widths, for a build that chooses which to time by error; none if it cannot."""
+
     def network(self, rng: random.Random) -> Architecture:
         """Draw a network."""
 
@@ -89,8 +92,7 @@ class SpaceScope:
     @property
     def identity(self) -> Mapping[str, Any]:
         """See `Scope`."""
-        digest = hashlib.sha256(self.space.to_yaml().encode()).hexdigest()
-        return {"space": {"name": self.space.name, "sha256": digest}}
+        return {"scope": {"space": self.space.to_yaml()}}
 
     @cached_property
     def neighbours(self) -> Mapping[tuple[int, int], Component]:
@@ -99,12 +101,13 @@ class SpaceScope:
 
     def components(self) -> Iterator[Component]:
         """Yield each stem, block, downsample and head at a grid of widths."""
-        # Narrowing pairs too: a price is interpolated inside the hull of the rows, which a
-        # triangle of the pairs alone would cut short.
-        limits = self.space.limits.model_copy(update={"monotone_widths": False})
-        for part in space_components(self.space.model_copy(update={"limits": limits})):
+        for part in self._every_width():
             if self._on_grid(part):
                 yield from class_counts(part)
+
+    def grid(self) -> WidthGrid:
+        """See `Scope`."""
+        return WidthGrid.of(each for part in self._every_width() for each in class_counts(part))
 
     def network(self, rng: random.Random) -> Architecture:
         """Draw a network, each legal choice as likely."""
@@ -114,6 +117,12 @@ class SpaceScope:
         """A smallest network."""
         smallest = next(iter(self.space.smallest()), None) or self.space.random(rng)
         return tuple(walk(self.space.architecture(smallest)))
+
+    def _every_width(self) -> Iterator[Component]:
+        # Narrowing pairs too: a price is interpolated inside the hull of the rows, which a
+        # triangle of the pairs alone would cut short.
+        limits = self.space.limits.model_copy(update={"monotone_widths": False})
+        return space_components(self.space.model_copy(update={"limits": limits}))
 
     def _on_grid(self, part: Component) -> bool:
         width_in, width_out = part.input.channels, part.output.channels

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, Literal
@@ -102,6 +102,17 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that JSON gives back unchanged."""
         return {**asdict(self), "chains": list(self.chains)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Protocol:
+        """Read what `to_dict` gave.
+
+        Raises:
+            TypeError, ValueError: it is not that.
+            LatencyTableError: a value that no protocol may have.
+        """
+        short, long = data["chains"]
+        return cls(**{**data, "chains": (short, long)})
 
 
 @dataclass(frozen=True)
@@ -232,7 +243,13 @@ class Stopwatch:
         start = self._clock()
         for _ in range(repeat):
             call()
-        return 1e3 * (self._clock() - start) / repeat
+        took = self._clock() - start
+        if took <= 0:
+            raise LatencyTableError(
+                f"the {self.protocol.clock} clock must go on while a network runs, it moved by "
+                f"{took:g} s; use the other --clock, or a system whose clock is steady"
+            )
+        return 1e3 * took / repeat
 
     def _warm_up(self, call: Call) -> int:
         """Run until window medians settle; returns how many calls fill a sample."""

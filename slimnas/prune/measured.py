@@ -26,7 +26,6 @@ from slimnas._files import atomic_write_text, read_text
 from slimnas.arch.documents import Spec, check_schema, parse_spec
 from slimnas.errors import PruneError, RuntimeUnavailableError, SpecError
 from slimnas.latency.table import LatencyTable
-from slimnas.measure.build import DTYPE
 from slimnas.measure.machine import load_average, this_machine
 from slimnas.measure.timing import Call, Clocks, Protocol, Round, Stopwatch
 from slimnas.nn.build import Network
@@ -37,6 +36,8 @@ from slimnas.runtimes.base import Runtime
 from slimnas.runtimes.registry import RUNTIMES, get_runtime
 from slimnas.zoo.metrics import Metric, Metrics
 
+DTYPE = "fp32"
+"""What networks are timed in."""
 SCHEMA = "slimnas/prune-measured/1"
 WHAT = "measured latencies of a pruning run"
 FILE = "measured.json"
