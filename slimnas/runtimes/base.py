@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,11 +30,11 @@ class Session(Protocol):
 
 
 @runtime_checkable
-class DeviceSession(Session, Protocol):
-    """A session on an accelerator, with memory of its own."""
+class BindableSession(Session, Protocol):
+    """A session that can take an input beforehand: to its device, number format and layout."""
 
-    def bind(self, x: Array) -> Callable[[], None]:
-        """Move `x` there once; the call runs the module on it and returns when it has ended."""
+    def bind(self, x: Array) -> Callable[[], object]:
+        """Take `x` once; the call runs the module on it and returns when it has ended."""
         ...
 
 
@@ -73,6 +74,15 @@ class Runtime(Protocol):
             ExportError: the runtime has no form for an operator.
             RuntimeUnavailableError: it cannot run here.
         """
+        ...
+
+
+@runtime_checkable
+class ClockedRuntime(Runtime, Protocol):
+    """A runtime that knows a better clock than the system's for what it runs."""
+
+    def clock(self) -> Callable[[], float]:
+        """Return a new clock, in seconds."""
         ...
 
 
@@ -162,10 +172,15 @@ class Configured:
 
 
 def bound(session: Session, x: Array) -> Callable[[], object]:
-    """Return what to time: a call that runs `session` on `x`, copied to its device beforehand."""
-    if isinstance(session, DeviceSession):
+    """Return what to time: a call that runs `session` on `x`, taken to its device beforehand."""
+    if isinstance(session, BindableSession):
         return session.bind(x)
     return partial(session.run, x)
+
+
+def clock_of(runtime: Runtime) -> Callable[[], float]:
+    """Return the clock to time `runtime` with, in seconds: its own, else the system's."""
+    return runtime.clock() if isinstance(runtime, ClockedRuntime) else time.perf_counter
 
 
 def only_tensor(output: Any) -> Tensor:

@@ -63,7 +63,8 @@ def get_runtime(
         dtype: number format, `fp32`, `bf16`, `fp16` or `int8`; the runtime's default if none
             (fp32; fp16 for Core ML).
         unit: compute unit: `cpu` everywhere; torch also `cuda` and `mps`; Core ML `cpu-and-ne`
-            (its default), `all`, `cpu-and-gpu`. The runtime's default if none.
+            (its default), `all`, `cpu-and-gpu`. The runtime's default if none. What a table
+            records, `cuda:NVIDIA H100`, asks for that very device.
         options: torch has `compile`, `channels-last` and `cuda-graph`.
 
     Raises:
@@ -75,13 +76,18 @@ def get_runtime(
         raise RuntimeUnavailableError(
             f"unknown runtime {name!r}{suggest(name, RUNTIMES)}; known: {', '.join(RUNTIMES)}"
         )
+    kind = None if unit is None else unit.partition(":")[0]
     wanted = [word for word in recorded.removesuffix("]").split(",") if word]
-    given = {"dtype": dtype, "unit": unit}
+    given = {"dtype": dtype, "unit": kind}
     runtime: Runtime = _imported(name, *RUNTIMES[name])(
         threads=threads,
         options=(*wanted, *options),
         **{key: value for key, value in given.items() if value is not None},
     )
+    if unit not in (None, kind, runtime.compute_unit):
+        raise RuntimeUnavailableError(
+            f"compute unit {unit!r} was asked for; this machine has {runtime.compute_unit!r}"
+        )
     return runtime
 
 
