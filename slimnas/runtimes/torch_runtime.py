@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def _compiled(module: nn.Module, example: Tensor, threads: int) -> Module:
         RuntimeUnavailableError: no compiler, or not one graph.
     """
     _set_threads(threads)
-    frozen = {"freezing": True} if example.device.type == "cpu" else None
+    frozen: Any = {"freezing": True} if example.device.type == "cpu" else None
     compiled: Module = torch.compile(
         _with_own_code(module),
         dynamic=False,
