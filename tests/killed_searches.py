@@ -52,6 +52,12 @@ class Moments:
     def evaluated(self, selection: Any, top1: float) -> None:
         self.pass_by("evaluated")
 
+    def measuring(self, target_ms: float, number: int) -> None:
+        self.pass_by("measuring")
+
+    def measured(self, measurement: Any) -> None:
+        self.pass_by("measured")
+
     def watch_files(self) -> None:
         """Also pass by before and after every file is put in its place."""
         original = Path.replace

@@ -25,6 +25,7 @@ from slimnas.report.pictures import PART_TYPES, dropped_at, latency_parts
 from slimnas.report.plots import training_figure
 from slimnas.report.tables import compact, fixed, standard_error_points
 from slimnas.search.importance import ImportanceRecord
+from slimnas.search.measurements import Measurement
 from slimnas.search.slimming import Slimmer
 
 SPACE = SearchSpace.load("efficientformer_tiny").with_classes(10)
@@ -102,6 +103,7 @@ def sample_report(
     name: str = "tiny-1.6ms",
     space: SearchSpace = SPACE,
     table: LatencyTable | None = None,
+    fill: float = 0.0,
 ) -> RunReport:
     table = table or made_up_table(space)
     importance = made_up_importance(space)
@@ -109,7 +111,7 @@ def sample_report(
     def price(selection: Selection) -> float:
         return estimate(space.architecture(selection), table).latency_ms
 
-    slimmer = Slimmer(space, importance, price, lambda s: made_up_top1(space, s))
+    slimmer = Slimmer(space, importance, price, lambda s: made_up_top1(space, s), fill=fill)
     provenance = {"seed": 0, "table": "ab" * 32, "images_per_evaluation": 256}
     trajectory, reached = slimmer.run(slimmer.begin(provenance), targets_ms)
     found = []
@@ -335,11 +337,57 @@ def test_a_target_the_largest_network_meets(tmp_path: Path) -> None:
 
 
 def test_measured_latency_is_shown(report: RunReport, tmp_path: Path) -> None:
-    found = dataclasses.replace(report.found[0], measured_ms=1.987)
-    write_report(dataclasses.replace(report, found=(found,)), tmp_path)
+    one = report.found[0]
+    first = Measurement(
+        target_ms=one.target_ms,
+        number=1,
+        steps=one.steps,
+        architecture="ab" * 32,
+        predicted_ms=1.97,
+        interval_ms=(1.9, 2.01),
+        measured_ms=2.034,
+        error_ms=0.004,
+        reference_ms=0.3,
+        date="2026-01-01",
+    )
+    last = dataclasses.replace(first, number=2, measured_ms=1.984, architecture="cd" * 32)
+    found = dataclasses.replace(one, measurement=last, rounds=(first, last))
+    changes = {"found": (found,), "regimes": ("stage 3 at 14x14, mb4d: launch-bound",)}
+    write_report(dataclasses.replace(report, **changes), tmp_path)
     text = " ".join(Page((tmp_path / "report.html").read_text("utf-8")).words)
-    assert "1.99 ms, measured" in text
-    assert "1.987" in text
+    text = " ".join(text.split())
+    for words in (
+        "1.98 ms, measured",
+        "99.2 %, standard error 0.2 %",
+        "2.034 ± 0.004 +3.2 outside the interval 101.7 above the target, slimmed on",
+        "1.984 ± 0.004 +0.7 99.2 answers the target",
+        "stage 3 at 14x14, mb4d: launch-bound",
+    ):
+        assert words in text
+    assert "Not measured" not in text
+
+
+def test_why_nothing_was_measured_is_shown(report: RunReport, tmp_path: Path) -> None:
+    reason = "madeup: must be a table measured on this machine"
+    write_report(dataclasses.replace(report, unmeasured=reason), tmp_path)
+    text = " ".join(Page((tmp_path / "report.html").read_text("utf-8")).words)
+    assert f"Not measured: {reason}." in text
+    assert "Measured on the device" not in text
+
+
+def test_filling_up_is_told_apart(tmp_path: Path) -> None:
+    """Steps that grow the network say so, and what came back is not shown as dropped."""
+    report = sample_report(fill=0.99)
+    grown = [step for step in report.trajectory.steps if step.phase != "slim"]
+    assert grown
+    write_report(report, tmp_path)
+    text = " ".join(Page((tmp_path / "report.html").read_text("utf-8")).words)
+    assert text.count("fills up") + text.count("one of a pair that fits better") == len(grown)
+    final = report.trajectory.states[-1][0]
+    dropped = dropped_at(report)
+    for i, path in enumerate(final.paths):
+        for j, choice in enumerate(path):
+            assert ((i, j) in dropped) == (choice == "identity")
 
 
 def test_folder_that_cannot_be_made_is_one_line(report: RunReport, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from slimnas.cli.bars import RunProgress
 
 if TYPE_CHECKING:
     from slimnas.arch.space import Selection
+    from slimnas.search.measurements import Measurement
     from slimnas.search.trajectory import Trajectory
     from slimnas.supernet.train import Progress as TrainingProgress
 
@@ -62,3 +63,20 @@ class SearchProgress(RunProgress):
                 state=self._last_step,
             )
         self._log(f"slimming step {len(trajectory.steps)}: {self._last_step}")
+
+    def measuring(self, target_ms: float, number: int) -> None:
+        """Say that a network is being measured."""
+        state = f"measuring network {number} for {target_ms:g} ms"
+        if self._slimming is not None:
+            self._bars.update(self._slimming, state=state)
+
+    def measured(self, measurement: Measurement) -> None:
+        """Write what a measurement said."""
+        one = measurement
+        self._last_step = (
+            f"measured {one.measured_ms:.3f} ± {one.error_ms:.3f} ms, predicted "
+            f"{one.predicted_ms:.3f} ms, target {one.target_ms:g} ms"
+        )
+        if self._slimming is not None:
+            self._bars.update(self._slimming, state=self._last_step)
+        self._log(self._last_step)

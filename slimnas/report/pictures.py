@@ -86,12 +86,15 @@ def importance_figure(report: RunReport, width_in: float = WIDE_IN) -> Figure:
 
 
 def dropped_at(report: RunReport) -> dict[tuple[int, int], int]:
-    """The step, from 1, at which each (stage, slot) became identity."""
-    return {
-        (step.taken.stage, step.taken.slot): number
-        for number, step in enumerate(report.trajectory.steps, start=1)
-        if step.taken.becomes == IDENTITY and step.taken.slot is not None
-    }
+    """The step, from 1, at which each (stage, slot) became identity and stayed so."""
+    found: dict[tuple[int, int], int] = {}
+    for number, step in enumerate(report.trajectory.steps, start=1):
+        action = step.taken
+        if action.slot is not None:
+            found.pop((action.stage, action.slot), None)
+            if action.becomes == IDENTITY:
+                found[action.stage, action.slot] = number
+    return found
 
 
 def architecture_figure(

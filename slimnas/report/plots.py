@@ -22,7 +22,16 @@ KINDS = {
     "drop_block": ("drop a block", "mb4d", "o"),
     "remove_attention": ("MB3D to MB4D", "mb3d", "D"),
     "narrow_stage": ("narrow a stage", "width", "s"),
+    "restore_block": ("a block back", "mb4d", "P"),
+    "add_attention": ("MB4D to MB3D", "mb3d", "^"),
+    "widen_stage": ("widen a stage", "width", "X"),
 }
+OPPOSITES = {
+    "restore_block": "drop_block",
+    "add_attention": "remove_attention",
+    "widen_stage": "narrow_stage",
+}
+"""Kinds that share a lane, each with its own marker."""
 LANE_IN = 0.17
 LABEL_GAP_PT = 11.0
 LINE_PT = 11.0
@@ -58,7 +67,8 @@ def trajectory_figure(report: RunReport, width_in: float = WIDE_IN) -> Figure:
     left_in, right_in = 1.02, 0.15
     span_in = width_in - left_in - right_in
     marks = _marks(report, span_in * 72)
-    legend_in = 0.36 if narrow else 0.24
+    legend, columns = _legend(trajectory), 3 if narrow else 5
+    legend_in = 0.12 + 0.12 * math.ceil(len(legend) / columns)
     top_in = legend_in + 0.08 + LINE_PT * (1 + max((m.line for m in marks), default=0)) / 72
     plot_in, gap_in, bottom_in = 3.0 if narrow else 3.6, 0.12, 0.5
     lane_in = max(len(lanes), 1) * LANE_IN + 0.1
@@ -78,10 +88,10 @@ def trajectory_figure(report: RunReport, width_in: float = WIDE_IN) -> Figure:
         _draw_lanes(below, trajectory, lanes)
         _number_steps(main, report)
         figure.legend(
-            handles=_legend(trajectory),
+            handles=legend,
             loc="upper left",
             bbox_to_anchor=(0.0 if narrow else left, 1.0),
-            ncols=3 if narrow else 5,
+            ncols=columns,
             frameon=False,
             fontsize=7.5,
             handletextpad=0.3,
@@ -137,20 +147,22 @@ def _points(training: Sequence[Mapping[str, float]], key: str) -> list[tuple[flo
 
 
 def _lanes(trajectory: Trajectory) -> list[tuple[str, int]]:
-    used = {(action_kind(step.taken), _lane_stage(step.taken)) for step in trajectory.steps}
     order = list(KINDS)
+    used = {_lane(step.taken) for step in trajectory.steps}
     return sorted(used, key=lambda lane: (order.index(lane[0]), lane[1]))
 
 
-def _lane_stage(action: Action) -> int:
-    return -1 if action_kind(action) == "remove_attention" else action.stage
+def _lane(action: Action) -> tuple[str, int]:
+    kind = action_kind(action)
+    kind = OPPOSITES.get(kind, kind)
+    return kind, -1 if kind == "remove_attention" else action.stage
 
 
 def _lane_name(lane: tuple[str, int]) -> str:
     kind, stage = lane
     if kind == "drop_block":
         return f"block, stage {stage + 1}"
-    return "MB3D to MB4D" if kind == "remove_attention" else f"width, stage {stage + 1}"
+    return "MB3D, MB4D" if kind == "remove_attention" else f"width, stage {stage + 1}"
 
 
 def _latency_limits(report: RunReport) -> tuple[float, float]:
@@ -277,7 +289,7 @@ def _draw_lanes(axes: Axes, trajectory: Trajectory, lanes: list[tuple[str, int]]
         axes.axhline(row, color=ink("grid"), lw=0.7, zorder=1)
     for step in trajectory.steps:
         kind = action_kind(step.taken)
-        row = lanes.index((kind, _lane_stage(step.taken)))
+        row = lanes.index(_lane(step.taken))
         _, colour, marker = KINDS[kind]
         axes.plot([step.latency_ms], [row], marker=marker, ms=3.8, color=ink(colour), mew=0)
 

@@ -12,6 +12,7 @@ from slimnas.arch.space import SearchSpace, Selection
 from slimnas.latency.estimate import Estimate
 from slimnas.latency.table import DeviceInfo
 from slimnas.search.importance import ImportanceRecord
+from slimnas.search.measurements import Measurement
 from slimnas.search.trajectory import Trajectory
 
 
@@ -44,7 +45,8 @@ class FoundNetwork(PricedNetwork):
             weights inherited from the supernet.
         steps: slimming steps from the largest network.
         folder: where its architecture and weights are.
-        measured_ms: latency of the exported network on the device, where it could be reached.
+        measurement: of the exported network on the device; none where that was out of reach.
+        rounds: every network measured for the target, in order.
     """
 
     target_ms: float
@@ -52,7 +54,13 @@ class FoundNetwork(PricedNetwork):
     search_top1: float
     steps: int
     folder: str
-    measured_ms: float | None = None
+    measurement: Measurement | None = None
+    rounds: tuple[Measurement, ...] = ()
+
+    @property
+    def measured_ms(self) -> float | None:
+        """Latency on the device, where it was measured."""
+        return None if self.measurement is None else self.measurement.measured_ms
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,8 @@ class RunReport:
             (percent), `tau` and `images_per_s`.
         command: the command line that started the run.
         versions: package name to version.
+        unmeasured: why a found network was not measured; none where all were.
+        regimes: of each stage by the table: whether latency follows depth or width.
         files: path to what it holds, of everything the run wrote.
         next_commands: what to do to the command that does it.
     """
@@ -120,5 +130,7 @@ class RunReport:
     training: tuple[Mapping[str, float], ...]
     command: str
     versions: Mapping[str, str]
+    unmeasured: str | None = None
+    regimes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     next_commands: Mapping[str, str] = field(default_factory=dict)

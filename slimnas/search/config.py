@@ -33,6 +33,9 @@ class SearchConfig(Spec):
         recipe: how the supernet is trained; None for a supernet trained before.
         supernet_digest: of a supernet trained before; None where this run trains it.
         frontier: which actions a slimming step weighs.
+        fill: least share of a target that a found network should use; 0 leaves it where the last
+            step of slimming ends, as the paper does.
+        measure: measure found networks where the table's device is this machine.
         search_images: at most this many SEARCH images judge a candidate.
         calibration_images: TRAIN images that BatchNorm statistics are measured on.
         max_images: use at most this many images of the data; None for all.
@@ -50,6 +53,8 @@ class SearchConfig(Spec):
     recipe: SupernetRecipe | None = SupernetRecipe()
     supernet_digest: str | None = None
     frontier: Literal["per_stage", "paper"] = "per_stage"
+    fill: Annotated[float, Field(ge=0, lt=1)] = 0.97
+    measure: bool = True
     search_images: Whole = 1000
     calibration_images: Whole = 256
     max_images: Whole | None = None

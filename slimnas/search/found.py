@@ -12,8 +12,10 @@ from slimnas.errors import MissingLatencyError, SpecError
 from slimnas.latency.estimate import Estimate, estimate
 from slimnas.latency.table import LatencyTable
 from slimnas.latency.target import latency_label
+from slimnas.search.closing import Answer
 from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
+from slimnas.search.measurements import Measurement
 from slimnas.search.trajectory import Trajectory
 from slimnas.supernet.inherit import place
 from slimnas.supernet.train import TrainedSupernet
@@ -32,11 +34,13 @@ class Found:
         target_ms: the target.
         architecture: the network at the deployment resolution.
         selection: its place in the space.
-        estimate: its latency by the table.
+        estimate: its latency by the table, as corrected by what was measured before it.
         cost: parameters and MACs.
         search_top1: on SEARCH at the training resolution, weights inherited, in percent.
-        steps: slimming steps that led to it.
+        steps: steps that led to it.
         folder: where its files are.
+        measurement: on the table's device; none where that was out of reach.
+        rounds: every network measured for the target.
     """
 
     target_ms: float
@@ -47,6 +51,8 @@ class Found:
     search_top1: float
     steps: int
     folder: Path
+    measurement: Measurement | None = None
+    rounds: tuple[Measurement, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,15 +83,14 @@ class Origin:
     images: int
 
 
-def save_found(
-    origin: Origin, trajectory: Trajectory, target_ms: float, steps: int, folder: Path
-) -> Found:
-    """Build, price and write the state of `trajectory` after `steps` steps.
+def save_found(origin: Origin, trajectory: Trajectory, answer: Answer, folder: Path) -> Found:
+    """Build, price and write the state of `trajectory` that answers a target.
 
     Raises:
         RunFolderError: `folder` cannot be written.
     """
-    selection, _, top1 = trajectory.states[steps]
+    selection, _, top1 = trajectory.states[answer.steps]
+    target_ms = answer.target_ms
     name = f"{origin.space.name}_{origin.table.device.name}_{latency_label(target_ms)}"
     provenance = {
         "source": "slimnas search, greedy latency-driven slimming",
@@ -98,14 +103,23 @@ def save_found(
     architecture = origin.space.architecture(selection).renamed(name, provenance)
     network = origin.evaluator.inheritance.extract(architecture, selection=selection)
     state = {**network.state_dict(), **origin.evaluator.calibrated_buffers(selection)}
-    priced, counted = estimate(architecture, origin.table), cost(architecture)
-    save_model(
-        folder,
+    priced, counted = estimate(architecture, answer.table), cost(architecture)
+    metrics = _metrics(origin, priced, counted, top1)
+    if answer.measurement is not None:
+        metrics |= _measured_metrics(origin, answer.measurement)
+    save_model(folder, architecture=architecture, weights=state, metrics=metrics)
+    return Found(
+        target_ms=target_ms,
         architecture=architecture,
-        weights=state,
-        metrics=_metrics(origin, priced, counted, top1),
+        selection=selection,
+        estimate=priced,
+        cost=counted,
+        search_top1=top1,
+        steps=answer.steps,
+        folder=folder,
+        measurement=answer.measurement,
+        rounds=answer.rounds,
     )
-    return Found(target_ms, architecture, selection, priced, counted, top1, steps, folder)
 
 
 def price_reference(origin: Origin) -> Reference | None:
@@ -143,6 +157,18 @@ def _metrics(
         ),
         "params": Metric(counted.params, "computed by closed form"),
         "macs": Metric(counted.macs, "computed by closed form, one image"),
+    }
+
+
+def _measured_metrics(origin: Origin, measured: Measurement) -> dict[str, Metric]:
+    device = origin.table.device
+    said = (
+        f"measured on {measured.date} with {device.runtime.name} {device.runtime.version} on "
+        f"{device.soc}, {device.threads or 1} threads, by the protocol of the table"
+    )
+    return {
+        "measured_latency_ms": Metric(measured.measured_ms, f"{said}; median over rounds"),
+        "measured_latency_error_ms": Metric(measured.error_ms, f"{said}; standard error"),
     }
 
 

@@ -1,4 +1,4 @@
-"""A whole search: supernet, importance, slimming, found networks. Every step can be resumed.
+"""A whole search: supernet, importance, slimming, measuring, found networks; all resumable.
 
 Each step leaves one file in the run folder and is skipped when the file is there, so a run that
 was stopped goes on where it was and ends with the same result.
@@ -18,12 +18,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from slimnas._files import atomic_write_text, remove_leftovers
+from slimnas._settings import flat_settings, shown_setting
 from slimnas.arch.space import SearchSpace, Selection
 from slimnas.data.batches import ImageSet
 from slimnas.data.splits import SearchData
 from slimnas.errors import RunFolderError
 from slimnas.latency.table import LatencyTable
 from slimnas.search.checks import pricer, require_fitting
+from slimnas.search.closing import Loop, MeasuringListener, Meter
 from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
 from slimnas.search.found import (
@@ -35,7 +37,9 @@ from slimnas.search.found import (
     save_found,
 )
 from slimnas.search.importance import ImportanceRecord
-from slimnas.search.slimming import Slimmer
+from slimnas.search.measurements import FILE as MEASUREMENTS
+from slimnas.search.measurements import MeasurementLog
+from slimnas.search.slimming import Slimmer, Walk
 from slimnas.search.trajectory import Trajectory
 from slimnas.supernet.channel_order import taylor_order
 from slimnas.supernet.inherit import Inheritance
@@ -54,10 +58,11 @@ TRAINING_STATE = "training.safetensors"
 METRICS_LOG = "metrics.jsonl"
 IMPORTANCE = "importance.json"
 TRAJECTORY = "trajectory.jsonl"
+CORRECTED_TABLE = "corrected_table"
 TAYLOR_BATCHES, TAYLOR_BATCH = 4, 64
 
 
-class Listener(Protocol):
+class Listener(MeasuringListener, Protocol):
     """Is told how a search goes."""
 
     def training(self, progress: Progress) -> None:
@@ -80,6 +85,8 @@ class SearchResult:
         importance: of its MetaPaths.
         trajectory: every step.
         found: one network per target, in the order of the targets.
+        table: as corrected by everything measured.
+        unmeasured: why nothing more was measured; none where all was.
         reference: EfficientFormer-L1 beside them; None where the table cannot price it.
         evaluated_images: SEARCH images behind every top-1.
         training: one mapping per epoch, as in `metrics.jsonl`.
@@ -90,6 +97,8 @@ class SearchResult:
     importance: ImportanceRecord
     trajectory: Trajectory
     found: tuple[Found, ...]
+    table: LatencyTable
+    unmeasured: str | None
     reference: Reference | None
     evaluated_images: int
     training: tuple[Mapping[str, float], ...]
@@ -105,6 +114,7 @@ def run_search(
     listener: Listener,
     train_on: str = "auto",
     supernet: TrainedSupernet | None = None,
+    meter: Meter | str = "not asked for",
 ) -> SearchResult:
     """Search `space` for networks that meet the targets, in a folder claimed for `config`.
 
@@ -117,9 +127,12 @@ def run_search(
         listener: told how it goes.
         train_on: auto, cpu, cuda or mps.
         supernet: a trained one; None trains it here.
+        meter: measures the networks found; or why nothing can.
 
     Raises:
         UnreachableTargetError: greedy found no way to a target.
+        LatencyTableError: the machine is too busy to measure.
+        ExportError: the table's runtime cannot run a found network.
         SpecError: `supernet` was trained for another space, head, resolution or data.
         WeightsError, RunFolderError: a damaged or foreign file in the folder.
         RuntimeUnavailableError: this machine lacks `train_on`.
@@ -147,7 +160,9 @@ def run_search(
         listener.evaluated(selection, top1)
         return top1
 
-    slimmer = Slimmer(space, importance, pricer(space, table), evaluate, config.frontier)
+    slimmer = Slimmer(
+        space, importance, pricer(space, table), evaluate, config.frontier, config.fill
+    )
     trajectory = _begin(slimmer, folder / TRAJECTORY, {**provenance, "search_images": images})
     evaluator.move_to(trajectory.states[-1][0])
 
@@ -156,24 +171,25 @@ def run_search(
         evaluator.move_to(longer.states[-1][0])
         listener.slimming(longer, min(config.targets_ms))
 
-    trajectory, reached = slimmer.run(trajectory, config.targets_ms, on_step)
+    log, meter = _measuring(folder / MEASUREMENTS, meter)
+    walk = Walk(trajectory, on_step)
+    loop = Loop(slimmer, walk, table, log, None if isinstance(meter, str) else meter, listener)
+    answers = loop.run(config.targets_ms)
+    if any(answer.rounds for answer in answers):
+        loop.table.save(folder / CORRECTED_TABLE)
     origin = Origin(config, space, table, trained, evaluator, images)
     found = tuple(
-        save_found(
-            origin,
-            trajectory,
-            target_ms,
-            steps,
-            found_folder(folder, config, target_ms),
-        )
-        for target_ms, steps in reached.items()
+        save_found(origin, walk.trajectory, answer, found_folder(folder, config, answer.target_ms))
+        for answer in answers
     )
     return SearchResult(
         space=space,
         trained=trained,
         importance=importance,
-        trajectory=trajectory,
+        trajectory=walk.trajectory,
         found=found,
+        table=loop.table,
+        unmeasured=meter if isinstance(meter, str) else None,
         reference=price_reference(origin),
         evaluated_images=images,
         training=_read_log(folder / METRICS_LOG),
@@ -294,6 +310,25 @@ def _begin(slimmer: Slimmer, path: Path, provenance: Mapping[str, Any]) -> Traje
     trajectory = slimmer.begin(provenance)
     trajectory.save(path)
     return trajectory
+
+
+def _measuring(path: Path, meter: Meter | str) -> tuple[MeasurementLog | None, Meter | str]:
+    """The run's measurements, and what may add to them."""
+    log = MeasurementLog.load(path)
+    if isinstance(meter, str):
+        return log, meter
+    if log is None:
+        log = MeasurementLog(path, meter.setup)
+        log.save()
+    old, new = flat_settings(log.setup), flat_settings(meter.setup)
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        key = changed[0]
+        return log, (
+            f"{path} was measured with {key} {shown_setting(key, old)}, now it is "
+            f"{shown_setting(key, new)}; give another --output to measure anew"
+        )
+    return log, meter
 
 
 def _append_log(path: Path, progress: Progress) -> None:
