@@ -1,0 +1,173 @@
+"""`slimnas latency validate`: a table's predictions against networks measured here and now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import TaskID
+
+from slimnas.cli.bars import RunProgress
+from slimnas.cli.latency_build import Clock
+from slimnas.cli.output import JsonOption, note, print_json, shown_path
+
+if TYPE_CHECKING:
+    from slimnas.measure.scope import Scope
+    from slimnas.measure.validate import Validation
+
+
+class _Progress(RunProgress):
+    """A bar on a terminal, a line every tenth in a log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._task: TaskID | None = None
+
+    def show(self, done: int, planned: int, what: str) -> None:
+        """Say how far it is."""
+        if self._task is None:
+            self._task = self._bars.add_task("validating", total=planned, state="")
+        self._bars.update(self._task, completed=done, total=planned, state=what)
+        if done % max(planned // 10, 1) == 0:
+            self._log(f"validating {done}/{planned}: {what}")
+
+
+def validate(
+    device: Annotated[str, typer.Option(help="Name of this machine's table, or its folder.")],
+    networks: Annotated[int, typer.Option(min=2, help="Random networks to measure.")] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of the random networks.")] = 1,
+    space: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw them from this space: a shipped name or a .yaml file.",
+            show_default="what the table was built for",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Draw pruned forms of this zoo name or file, not a space.")
+    ] = None,
+    clock: Annotated[
+        Clock | None,
+        typer.Option(help="What tells the time.", show_default="what the build used"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results.", show_default="validation in the table's"),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure anew what the folder holds.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure fresh random networks on this machine and compare them with a table's predictions.
+
+    Prints and plots every network; none of them was timed when the table was built. Interrupted,
+    even killed, the same command goes on where it stopped.
+
+    Example: slimnas latency validate --device local --networks 40
+    """
+    from dataclasses import replace
+
+    from slimnas.latency.devices import find_device, provenance_line
+    from slimnas.measure.validate import (
+        BuildRecord,
+        ValidateJob,
+        require_measured_here,
+        validate_table,
+    )
+    from slimnas.report.validation import validation_document, write_validation
+    from slimnas.runtimes.registry import get_runtime
+
+    table = find_device(device)
+    require_measured_here(table)
+    record = BuildRecord.load(table.source)
+    protocol = replace(record.protocol, seed=seed)
+    job = ValidateJob(
+        table=table,
+        record=record,
+        scope=_scope(space, model, record.scope),
+        output=output or Path(table.source) / "validation",
+        protocol=protocol if clock is None else replace(protocol, clock=clock.value),
+        networks=networks,
+        seed=seed,
+        force=force,
+    )
+    info = table.device
+    runtime = get_runtime(
+        info.runtime.name,
+        threads=info.threads or 1,
+        dtype=info.dtype,
+        unit=info.compute_unit.partition(":")[0],
+    )
+    try:
+        with _Progress() as progress:
+            found = validate_table(job, runtime, progress=progress.show)
+    except KeyboardInterrupt:
+        note(f"what was timed is kept in {job.output}; the same command goes on there")
+        raise
+    files = [shown_path(path) for path in write_validation(found, table, job.output)]
+    typer.echo(provenance_line(table), err=as_json)
+    if as_json:
+        print_json({**validation_document(found, table), "files": files})
+        return
+    _print(found)
+    typer.echo(f"written: {', '.join(files)}")
+
+
+def _scope(space: str | None, model: str | None, built: Scope) -> Scope:
+    from slimnas.arch.space import SearchSpace
+    from slimnas.measure.model_scope import ModelScope
+    from slimnas.measure.scope import SpaceScope
+    from slimnas.zoo.registry import get
+
+    if space is not None and model is not None:
+        raise typer.BadParameter("give --space or --model, not both", param_hint="'--model'")
+    if space is not None:
+        return SpaceScope(SearchSpace.load(space))
+    return built if model is None else ModelScope(get(model).architecture)
+
+
+def _print(found: Validation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if found.resumed:
+        note(f"went on after {found.resumed} visits of an earlier run of this command")
+    shown = Table(box=None, pad_edge=False)
+    for header in ("network", "predicted ms", "interval ms", "measured ms", "error"):
+        shown.add_column(header, justify="left" if header == "network" else "right")
+    for check in found.checks:
+        low_ms, high_ms = check.interval_ms or (check.predicted_ms, check.predicted_ms)
+        shown.add_row(
+            check.architecture.digest[:12],
+            f"{check.predicted_ms:.3f}",
+            f"{low_ms:.3f} to {high_ms:.3f}",
+            f"{check.measured_ms:.3f}",
+            f"{100 * check.error:+.1f} %{'' if check.covered else ' *'}",
+        )
+    Console().print(shown)
+    for line in _lines(found):
+        typer.echo(line)
+
+
+def _lines(found: Validation) -> list[str]:
+    figure = found.figure
+    rank = "" if figure.spearman is None else f", rank correlation {figure.spearman:.3f}"
+    lines = [
+        f"{figure.networks} {figure.what}: mean error {figure.mape_percent:.2f} %, bias "
+        f"{figure.bias_percent:+.2f} %, worst {figure.max_percent:.2f} %{rank}",
+        f"within 5 %: {figure.within_5_percent:.0f} %, within 10 %: "
+        f"{figure.within_10_percent:.0f} %; inside their intervals: "
+        f"{figure.coverage_percent:.0f} % (the others are marked *)",
+    ]
+    if found.repeat_percent is not None:
+        lines.append(
+            f"measured again in new sessions they differ by {found.repeat_percent:.2f} % on average"
+        )
+    lines.append(
+        f"the reference network takes {100 * (found.pace - 1):+.1f} % of its time during the "
+        "build, which measurements are corrected for; without that: mean error "
+        f"{found.unscaled.mape_percent:.2f} %"
+    )
+    return lines

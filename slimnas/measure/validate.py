@@ -1,0 +1,376 @@
+"""Validates a measured table: fresh random networks, predicted by it and measured here and now."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from slimnas import __version__
+from slimnas._lock import folder_lock
+from slimnas.arch.architecture import Architecture
+from slimnas.errors import LatencyTableError
+from slimnas.latency.estimate import estimate
+from slimnas.latency.rows import rows_to_csv
+from slimnas.latency.table import ErrorFigure, LatencyTable
+from slimnas.measure.build import SAMPLES_FILE, SLOW_EXPORTS, Progress
+from slimnas.measure.describe import scope_of
+from slimnas.measure.journal import Journal, Visit, read_journal
+from slimnas.measure.machine import pinned, this_machine
+from slimnas.measure.networks import Loader, runtime_loader
+from slimnas.measure.plan import Entry, network_entry
+from slimnas.measure.results import Check, error_figure, timings, usual_pace
+from slimnas.measure.scope import Parts, Scope
+from slimnas.measure.timing import Clocks, Protocol, Stopwatch
+from slimnas.runtimes.base import Runtime
+
+JOURNAL_FILE = "journal.jsonl"
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """What a table's build recorded beside it.
+
+    Attributes:
+        scope: what the table covers.
+        protocol: how it was timed.
+        timed: names of the entries that were.
+        reference_ms: latency of the reference network meanwhile.
+    """
+
+    scope: Scope
+    protocol: Protocol
+    timed: frozenset[str]
+    reference_ms: float
+
+    @classmethod
+    def load(cls, folder: str | Path) -> BuildRecord:
+        """Read the samples beside a table.
+
+        Raises:
+            LatencyTableError: there are none, or they are damaged.
+        """
+        path = Path(folder) / SAMPLES_FILE
+        header, visits = read_journal(path)
+        try:
+            protocol = Protocol.from_dict(header["protocol"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LatencyTableError(
+                f"{path}: protocol: must be one of this version; build the table anew"
+            ) from error
+        return cls(
+            scope=scope_of(header, str(path)),
+            protocol=protocol,
+            timed=frozenset(visit.entry for visit in visits),
+            reference_ms=usual_pace(one for visit in visits for one in visit.rounds),
+        )
+
+
+@dataclass(frozen=True)
+class ValidateJob:
+    """What to validate.
+
+    Attributes:
+        table: the table, measured on this machine.
+        record: what its build recorded.
+        scope: where the networks are drawn from.
+        output: folder of the journal.
+        protocol: how the networks are timed.
+        networks: how many.
+        seed: of the networks.
+        force: forget what another validation left in `output`.
+    """
+
+    table: LatencyTable
+    record: BuildRecord
+    scope: Scope
+    output: Path
+    protocol: Protocol
+    networks: int = 40
+    seed: int = 1
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Networks that the table had never seen, predicted and measured.
+
+    Attributes:
+        checks: per network, the measurement at the pace of the build.
+        figure: the table's error on them.
+        halves_ms: per network, the measurements by the first and by the second half of the
+            passes, in separately loaded sessions; none of one pass.
+        pace: latency of the reference network now over that during the build; the measurements
+            are divided by it.
+        unscaled: the table's error on the latencies as the clock showed them.
+        resumed: visits taken over from an interrupted validation.
+    """
+
+    checks: tuple[Check, ...]
+    figure: ErrorFigure
+    halves_ms: tuple[tuple[float, float], ...]
+    pace: float
+    unscaled: ErrorFigure
+    resumed: int
+
+    @property
+    def repeat_percent(self) -> float | None:
+        """Mean absolute error of predicting a measurement by a repeated one; none of one pass."""
+        if not self.halves_ms:
+            return None
+        return 100 * fmean(abs(second / first - 1) for first, second in self.halves_ms)
+
+
+def require_measured_here(table: LatencyTable) -> None:
+    """Refuse a table that measurements on this machine say nothing about.
+
+    Raises:
+        LatencyTableError: it is estimated or imported, of another processor, or for more threads
+            than this process may use.
+    """
+    device, machine = table.device, this_machine()
+    if device.kind != "measured":
+        raise LatencyTableError(
+            f"{device.name}: must be a table measured on this machine, is the {device.kind} table "
+            f"of {device.device}; build one with 'slimnas latency build --device NAME'"
+        )
+    if device.soc != machine.cpu:
+        raise LatencyTableError(
+            f"{device.name}: must be a table of this machine's {machine.cpu}, is of a "
+            f"{device.soc}; validate it there, or build one here with 'slimnas latency build'"
+        )
+    if (device.threads or 1) > machine.cores:
+        raise LatencyTableError(
+            f"{device.name}: is for {device.threads} threads, this process may use "
+            f"{machine.cores} cores; give it as many"
+        )
+
+
+def require_same_runtime(table: LatencyTable, runtime: Runtime) -> None:
+    """Refuse a runtime that the table's prices are not for.
+
+    Raises:
+        LatencyTableError: name, version, compute unit, number format or threads differ.
+    """
+    device = table.device
+    pairs = {
+        "runtime": (device.runtime.name, runtime.name),
+        "runtime version": (device.runtime.version, runtime.version),
+        "compute unit": (device.compute_unit, runtime.compute_unit),
+        "number format": (device.dtype, runtime.dtype),
+        "threads": (device.threads, runtime.threads),
+    }
+    for what, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise LatencyTableError(
+                f"{device.name}: was measured with {what} {theirs}, here it is {ours}; "
+                f"install what it was measured with, or build it anew with "
+                f"'slimnas latency build --device {device.name} --force'"
+            )
+
+
+def validate_table(
+    job: ValidateJob,
+    runtime: Runtime,
+    *,
+    loader: Loader | None = None,
+    clocks: Clocks | None = None,
+    progress: Progress | None = None,
+) -> Validation:
+    """Measure fresh random networks and compare them with the table's estimates.
+
+    None of them was timed by the table's build. Every visit goes to the journal in the output
+    folder, so that an interrupted validation goes on where it stopped; a finished one is read
+    back.
+
+    Args:
+        job: what to validate.
+        runtime: the runtime of the table.
+        loader: makes networks ready to run; by default `runtime` does.
+        clocks: what tells the time.
+        progress: is told about every visit.
+
+    Raises:
+        LatencyTableError: the table is of another machine or runtime, the folder holds another
+            validation, no network is left to draw, or the machine is too busy.
+        MissingLatencyError: a network the table cannot price.
+        RunFolderError: the folder is in use or cannot be written.
+    """
+    require_measured_here(job.table)
+    require_same_runtime(job.table, runtime)
+    networks = fresh_networks(job.scope, job.networks, job.seed, job.record.timed)
+    for network in networks:
+        estimate(network, job.table)  # refused before anything is timed
+    with folder_lock(job.output):
+        path = job.output / JOURNAL_FILE
+        if job.force:
+            path.unlink(missing_ok=True)
+        journal = Journal(path, _header(job, runtime))
+        resumed = len(journal.visits)
+        with loading(runtime, batch=job.table.device.batch) as load:
+            time_entries(
+                [network_entry(one) for one in networks],
+                journal,
+                job.protocol,
+                loader or load,
+                # the build's, so that measurements can be brought to its pace
+                reference=job.scope.reference(random.Random(job.record.protocol.seed)),
+                clocks=clocks,
+                progress=progress,
+            )
+    return _validation(job, networks, journal.visits, resumed)
+
+
+def fresh_networks(
+    scope: Scope, count: int, seed: int, timed: Collection[str] = ()
+) -> tuple[Architecture, ...]:
+    """Draw up to `count` different networks that were not timed; a tiny scope may hold fewer.
+
+    Args:
+        scope: where they are drawn from.
+        count: how many.
+        seed: of the draws.
+        timed: names of entries that were.
+
+    Raises:
+        LatencyTableError: there are none.
+    """
+    rng = random.Random(seed)
+    found: dict[str, Architecture] = {}
+    for _ in range(50 * count):
+        if len(found) == count:
+            break
+        network = scope.network(rng)
+        if network_entry(network).name not in timed:
+            found.setdefault(network.digest, network)
+    if not found:
+        raise LatencyTableError(
+            f"{scope.title}: its build has timed every network there is; nothing is left to "
+            "validate on"
+        )
+    return tuple(found.values())
+
+
+@contextlib.contextmanager
+def loading(runtime: Runtime, *, batch: int = 1) -> Iterator[Loader]:
+    """Pin this thread as `runtime` needs it and yield what loads networks into it.
+
+    Files of runtimes that export slowly are kept until the end.
+    """
+    slow = runtime.name.partition("[")[0] in SLOW_EXPORTS
+    with pinned(runtime.threads), tempfile.TemporaryDirectory() as folder:
+        yield runtime_loader(runtime, batch=batch, exports=Path(folder) if slow else None)
+
+
+def time_entries(
+    entries: Sequence[Entry],
+    journal: Journal,
+    protocol: Protocol,
+    load: Loader,
+    *,
+    reference: Parts,
+    clocks: Clocks | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Make the visits to `entries` that a journal lacks.
+
+    Every pass visits all of them in another order, in newly loaded networks.
+
+    Args:
+        entries: what to time.
+        journal: where the visits are kept.
+        protocol: how; of the passes the regular ones.
+        load: makes networks ready to run.
+        reference: the network timed around every round.
+        clocks: what tells the time.
+        progress: is told about every visit.
+
+    Raises:
+        LatencyTableError: the machine is too busy.
+        RunFolderError: the journal cannot be written.
+    """
+    missing = _missing(entries, journal, protocol)
+    planned = len(journal.visits) + len(missing)
+    if missing:
+        stopwatch = Stopwatch(protocol, load(reference), clocks or Clocks())
+        stopwatch.prime()
+    for number, entry in missing:
+        if progress is not None:
+            progress(len(journal.visits), planned, entry.name)
+        calls = [load(term.parts) for term in entry.terms]
+        rng = random.Random(f"{protocol.seed} {number} {entry.name}")
+        journal.append(Visit(entry.name, number, stopwatch.rounds(calls, name=entry.name, rng=rng)))
+    if progress is not None:
+        progress(planned, planned, "done")
+
+
+def _missing(
+    entries: Sequence[Entry], journal: Journal, protocol: Protocol
+) -> list[tuple[int, Entry]]:
+    """Pass and entry of every visit to come."""
+    done = {(visit.number, visit.entry) for visit in journal.visits}
+    missing: list[tuple[int, Entry]] = []
+    for number in range(protocol.passes):
+        order = list(entries)
+        random.Random(f"{protocol.seed} {number}").shuffle(order)
+        missing += [(number, entry) for entry in order if (number, entry.name) not in done]
+    return missing
+
+
+def _validation(
+    job: ValidateJob, networks: Sequence[Architecture], visits: Sequence[Visit], resumed: int
+) -> Validation:
+    now_ms = usual_pace(one for visit in visits for one in visit.rounds)
+    pace = now_ms / job.record.reference_ms
+    shown = _latencies_ms(networks, visits, now_ms)
+    middle = job.protocol.passes // 2
+    first = [visit for visit in visits if visit.number < middle]
+    second = [visit for visit in visits if visit.number >= middle]
+    halves = [_latencies_ms(networks, half, now_ms) for half in (first, second)] if middle else ()
+    checks = tuple(
+        _check(one, job.table, ms / pace) for one, ms in zip(networks, shown, strict=True)
+    )
+    unscaled = [_check(one, job.table, ms) for one, ms in zip(networks, shown, strict=True)]
+    return Validation(
+        checks=checks,
+        figure=error_figure(checks, f"{job.scope.sample}, drawn anew with seed {job.seed}"),
+        halves_ms=tuple((a / pace, b / pace) for a, b in zip(*halves, strict=True)),
+        pace=pace,
+        unscaled=error_figure(unscaled, "the same, as the clock showed them"),
+        resumed=resumed,
+    )
+
+
+def _latencies_ms(
+    networks: Sequence[Architecture], visits: Sequence[Visit], pace_ms: float
+) -> list[float]:
+    """Latencies at the pace of a reference of `pace_ms`."""
+    entries = [network_entry(one) for one in networks]
+    found = timings(entries, visits)
+    scale = pace_ms / usual_pace(one for visit in visits for one in visit.rounds)
+    return [found[entry.name].latency_ms * scale for entry in entries]
+
+
+def _check(architecture: Architecture, table: LatencyTable, measured_ms: float) -> Check:
+    priced = estimate(architecture, table)
+    return Check(architecture, priced.latency_ms, measured_ms, priced.interval_ms)
+
+
+def _header(job: ValidateJob, runtime: Runtime) -> dict[str, Any]:
+    """Everything that must agree before visits may be mixed."""
+    device = job.table.device
+    prices = rows_to_csv(job.table.rows).encode()
+    return {
+        "tool_version": __version__,
+        **job.scope.identity,
+        "table": {"name": device.name, "sha256": hashlib.sha256(prices).hexdigest()},
+        "runtime": {"name": runtime.name, "version": runtime.version},
+        "networks": {"count": job.networks, "seed": job.seed},
+        "protocol": job.protocol.to_dict(),
+    }
