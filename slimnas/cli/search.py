@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-import sys
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,10 +16,9 @@ from slimnas.cli.runs import RunOn, no_empty_folder, says_how_to_go_on
 
 if TYPE_CHECKING:
     from slimnas.arch.space import SearchSpace
-    from slimnas.data.splits import DataSplits
     from slimnas.latency.table import LatencyTable
+    from slimnas.measure.local import LocalDevice
     from slimnas.search.config import SearchConfig
-    from slimnas.search.run import SearchResult
     from slimnas.supernet.train import TrainedSupernet
 
 DEFAULT_SPACE = "efficientformer_tiny"
@@ -50,13 +47,22 @@ class FrontierChoice(str, Enum):
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    """What the command line named, opened and checked."""
+class SearchInputs:
+    """What the command line named, opened and checked.
+
+    Attributes:
+        config: the settings.
+        space: the search space, as it was given.
+        table: the latency table.
+        supernet: a trained one; None trains it.
+        meter: measures found networks on the table's device; or why nothing can.
+    """
 
     config: SearchConfig
     space: SearchSpace
     table: LatencyTable
     supernet: TrainedSupernet | None
+    meter: LocalDevice | str
 
 
 def search(
@@ -93,6 +99,16 @@ def search(
     frontier: Annotated[
         FrontierChoice, typer.Option(help="Actions weighed per step: per_stage, or paper's three.")
     ] = FrontierChoice.PER_STAGE,
+    fill: Annotated[
+        float, typer.Option(min=0, max=0.999, help="Least share of the target to use; 0: any.")
+    ] = 0.97,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Measure what is found, if the table is this machine's, until it is on target.",
+        ),
+    ] = True,
     search_images: Annotated[
         int, typer.Option(min=1, help="SEARCH images that judge a candidate, at most.")
     ] = 1000,
@@ -109,8 +125,9 @@ def search(
     """Find networks that meet a target latency on a device.
 
     Trains a supernet once, then slims it: each step takes the action with the smallest accuracy
-    drop per millisecond saved, by the device's latency table. Stop it at any moment and give the
-    same command again: it goes on.
+    drop per millisecond saved, by the device's latency table. With a table of this machine, found
+    networks are measured, and the search goes on until they are on target. Stop it at any moment
+    and give the same command again: it goes on.
 
     Example: slimnas search --target-latency 1.6ms --device iphone12
     """
@@ -133,6 +150,8 @@ def search(
     settings = {
         "data": data,
         "frontier": frontier.value,
+        "fill": fill,
+        "measure": measure,
         "search_images": search_images,
         "max_images": max_images,
         "skip_bad_images": skip_bad_images,
@@ -153,7 +172,7 @@ def _open_inputs(
     targets_ms: list[float],
     settings: dict[str, Any],
     recipe: dict[str, Any],
-) -> _Inputs:
+) -> SearchInputs:
     """Open everything the command line names and refuse what cannot end well."""
     from slimnas.arch.documents import parse_spec
     from slimnas.arch.space import SearchSpace
@@ -189,12 +208,26 @@ def _open_inputs(
         source="command line",
     )
     check_before_data(space, table, config)
-    return _Inputs(config, space, table, trained)
+    return SearchInputs(config, space, table, trained, _meter(config, table, space))
 
 
-def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
+def _meter(config: SearchConfig, table: LatencyTable, space: SearchSpace) -> LocalDevice | str:
+    """What measures on the table's device, or why nothing can from here."""
+    from slimnas.errors import LatencyTableError, RuntimeUnavailableError
+    from slimnas.measure.local import open_local
+
+    if not config.measure:
+        return "--no-measure was given"
+    try:
+        return open_local(table, space)
+    except (LatencyTableError, RuntimeUnavailableError) as error:
+        return str(error)
+
+
+def _run(inputs: SearchInputs, folder: Path, train_on: str, as_json: bool) -> None:
     from slimnas._lock import folder_lock
     from slimnas.cli.progress import SearchProgress
+    from slimnas.cli.search_output import json_body, print_result, write_search_report
     from slimnas.data.splits import open_data
     from slimnas.search.checks import check_search, require_fitting
     from slimnas.search.config import claim, refuse_other_run
@@ -225,6 +258,8 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
             f"training at {config.resolution} px, deployment at {space.input.resolution} px; "
             f"run folder {shown_path(folder)}"
         )
+        if isinstance(inputs.meter, str):
+            note(f"found networks will not be measured: {inputs.meter}")
         with SearchProgress() as progress, says_how_to_go_on():
             result = run_search(
                 config,
@@ -235,179 +270,18 @@ def _run(inputs: _Inputs, folder: Path, train_on: str, as_json: bool) -> None:
                 listener=progress,
                 train_on=train_on,
                 supernet=inputs.supernet,
+                meter=inputs.meter,
             )
-        page = _report(inputs, result, data, folder)
+        page = write_search_report(inputs, result, data, folder)
     if as_json:
-        print_json(_json_body(inputs, result, folder))
+        print_json(json_body(inputs, result, folder))
     else:
-        _print_result(inputs, result, folder, page)
+        print_result(inputs, result, folder, page)
 
 
-def _run_name(inputs: _Inputs) -> str:
+def _run_name(inputs: SearchInputs) -> str:
     from slimnas.latency.target import latency_label
 
     targets = "-".join(latency_label(target_ms) for target_ms in inputs.config.targets_ms)
     data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(inputs.config.data).name).strip("-")
     return "-".join((inputs.space.name, data, inputs.table.device.name, targets))
-
-
-def _report(inputs: _Inputs, result: SearchResult, data: DataSplits, folder: Path) -> Path:
-    from slimnas.report.html import write_report
-    from slimnas.report.run import DataSummary, FoundNetwork, ReferenceNetwork, RunReport
-    from slimnas.search.versions import versions
-
-    config = inputs.config
-    first = shown_path(result.found[0].folder)
-    report = RunReport(
-        name=folder.resolve().name,
-        space=result.space,
-        device=inputs.table.device,
-        trajectory=result.trajectory,
-        importance=result.importance,
-        found=tuple(
-            FoundNetwork(
-                architecture=found.architecture,
-                estimate=found.estimate,
-                target_ms=found.target_ms,
-                selection=found.selection,
-                search_top1=found.search_top1,
-                steps=found.steps,
-                folder=shown_path(found.folder),
-            )
-            for found in result.found
-        ),
-        reference=None
-        if result.reference is None
-        else ReferenceNetwork(
-            architecture=result.reference.architecture,
-            estimate=result.reference.estimate,
-            search_top1=result.reference.search_top1,
-        ),
-        data=DataSummary(
-            source=config.data,
-            classes=data.classes,
-            images={
-                "train": len(data.train),
-                "search": len(data.search),
-                "test": len(data.test),
-            },
-            resolution=config.resolution,
-            evaluated_images=result.evaluated_images,
-        ),
-        settings={**config.model_dump(mode="json"), "supernet digest": result.trained.digest},
-        training=result.training,
-        command=shlex.join(["slimnas", *sys.argv[1:]]),
-        versions=versions(),
-        files=_files(folder, result),
-        next_commands={
-            "add it to your zoo": f"slimnas zoo add {first}",
-            "export it to ONNX": f"slimnas zoo export {first} --format onnx",
-            "price it by component": (f"slimnas latency estimate {first} --device {config.device}"),
-        },
-    )
-    return write_report(report, folder)[0]
-
-
-def _files(folder: Path, result: SearchResult) -> dict[str, str]:
-    from slimnas.search import run
-    from slimnas.search.config import FILE
-
-    named = {
-        FILE: "settings",
-        run.SUPERNET: "trained supernet",
-        run.METRICS_LOG: "training, one line per epoch",
-        run.IMPORTANCE: "architecture parameters and importance",
-        run.TRAJECTORY: "every step with every candidate",
-    }
-    files = {
-        shown_path(folder / name): what for name, what in named.items() if (folder / name).is_file()
-    }
-    for found in result.found:
-        for name, what in (
-            ("architecture.yaml", "found network"),
-            ("weights.safetensors", "its inherited weights"),
-            ("metrics.json", "its figures with provenance"),
-        ):
-            files[shown_path(found.folder / name)] = f"{what}, target {found.target_ms:g} ms"
-    return files
-
-
-def _json_body(inputs: _Inputs, result: SearchResult, folder: Path) -> dict[str, Any]:
-    device = inputs.table.device
-    return {
-        "run": shown_path(folder),
-        "device": {"name": device.name, "kind": device.kind},
-        "supernet_digest": result.trained.digest,
-        "reference": None
-        if result.reference is None
-        else {
-            "name": result.reference.architecture.name,
-            "latency_ms": result.reference.estimate.latency_ms,
-            "interval_ms": list(result.reference.estimate.interval_ms),
-            "search_top1": result.reference.search_top1,
-        },
-        "found": [
-            {
-                "target_ms": found.target_ms,
-                "latency_ms": found.estimate.latency_ms,
-                "interval_ms": list(found.estimate.interval_ms),
-                "measured_ms": None,
-                "params": found.cost.params,
-                "macs": found.cost.macs,
-                "search_top1": found.search_top1,
-                "steps": found.steps,
-                "widths": list(found.architecture.widths),
-                "depths": list(found.architecture.depths),
-                "architecture_digest": found.architecture.digest,
-                "architecture": shown_path(found.folder / "architecture.yaml"),
-                "weights": shown_path(found.folder / "weights.safetensors"),
-            }
-            for found in result.found
-        ],
-    }
-
-
-def _print_result(inputs: _Inputs, result: SearchResult, folder: Path, page: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from slimnas.arch.cost import cost
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("network", "widths", "depths", "MB3D"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("params M", "GMACs", "latency ms", "interval", "search top-1"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    rows: list[tuple[str, Any, str]] = [
-        (f"found for {found.target_ms:g} ms", found, f"{found.search_top1:.1f} %")
-        for found in result.found
-    ]
-    reference = result.reference
-    if reference is not None:
-        top1 = "-" if reference.search_top1 is None else f"{reference.search_top1:.1f} %"
-        rows.append(("EfficientFormer-L1", reference, top1))
-    for name, row, top1 in rows:
-        low, high = row.estimate.interval_ms
-        counted = cost(row.architecture)
-        table.add_row(
-            name,
-            "-".join(map(str, row.architecture.widths)),
-            "-".join(map(str, row.architecture.depths)),
-            str(row.architecture.count("mb3d")),
-            f"{counted.params / 1e6:.2f}",
-            f"{counted.macs / 1e9:.3f}",
-            f"{row.estimate.latency_ms:.3f}",
-            f"{low:.2f}-{high:.2f}",
-            top1,
-        )
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    console.print(
-        f"latency by the {inputs.table.device.kind} table {inputs.table.device.name}; top-1 on "
-        f"{result.evaluated_images} SEARCH images of {inputs.config.data} at "
-        f"{inputs.config.resolution} px, inherited weights",
-        highlight=False,
-    )
-    console.print(f"supernet digest {result.trained.digest[:16]}", highlight=False)
-    for path in (page, *(Path(name) for name in _files(folder, result))):
-        typer.echo(shown_path(path))

@@ -122,12 +122,17 @@ def open_actions(
 
 
 def growing_actions(
-    space: SearchSpace, selection: Selection, importance: ImportanceRecord, price: Price
+    space: SearchSpace,
+    selection: Selection,
+    start: Selection,
+    importance: ImportanceRecord,
+    price: Price,
 ) -> list[Action]:
     """Actions that stay in the space and undo slimming, at the cost of time by the table.
 
     In each stage the most important empty slot gets a block, the last MB4D becomes MB3D, each
-    stage gets its next width.
+    stage gets its next width. Nothing becomes MB3D that was none in `start`, where slimming began:
+    how many there are at most is not for filling up to say.
 
     Returns:
         Actions in a fixed order: blocks, attention, widths.
@@ -140,8 +145,15 @@ def growing_actions(
     return [
         action
         for action in found
-        if action is not None and price(action.apply(selection)) - before > MIN_SAVING_MS
+        if action is not None
+        and not (action.becomes == ATTENTION and _choice(start, action) != ATTENTION)
+        and price(action.apply(selection)) - before > MIN_SAVING_MS
     ]
+
+
+def _choice(selection: Selection, action: Action) -> str:
+    """What the slot of an action chooses in `selection`."""
+    return selection.paths[action.stage][action.slot or 0]
 
 
 def narrowings(space: SearchSpace, selection: Selection, price: Price) -> list[Action]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from slimnas.arch.space import SearchSpace, Selection
@@ -102,8 +102,12 @@ class Slimmer:
 
     def begin(self, provenance: Mapping[str, Any]) -> Trajectory:
         """A trajectory of no steps, at the largest network."""
-        start = self.importance.start(self.space)
+        start = self._start
         return Trajectory(start, self.price(start), self.evaluate(start), (), provenance)
+
+    @cached_property
+    def _start(self) -> Selection:
+        return self.importance.start(self.space)
 
     def step(self, trajectory: Trajectory, target_ms: float) -> Step:
         """Weigh every open action in the trajectory's last state and take one.
@@ -180,7 +184,7 @@ class Slimmer:
         self, selection: Selection, aim: Aim, but: Selection | None = None
     ) -> list[Action]:
         """Growing actions that land in `aim`, and not at `but`."""
-        actions = growing_actions(self.space, selection, self.importance, self.price)
+        actions = growing_actions(self.space, selection, self._start, self.importance, self.price)
         states = [(action, action.apply(selection)) for action in actions]
         return [
             action
