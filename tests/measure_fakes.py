@@ -130,6 +130,7 @@ class FakeRuntime:
     name: str = "fake"
     version: str = "1"
     compute_unit: str = "cpu"
+    dtype: str = "fp32"
 
     def load(self, module: object, example: object) -> None:  # pragma: no cover
         raise AssertionError("the fake machine loads networks")

@@ -31,6 +31,7 @@ from slimnas.latency.spaces import space_components
 from slimnas.measure import build as build_module
 from slimnas.measure.build import JOURNAL_FILE, SAMPLES_FILE, BuildJob, BuiltTable, build_table
 from slimnas.measure.networks import Chain, network_and_input
+from slimnas.measure.schedule import Networks
 from slimnas.measure.scope import Parts, SpaceScope
 from slimnas.measure.timing import Call, Protocol
 from slimnas.nn.build import build
@@ -40,7 +41,7 @@ QUICK = Protocol(rounds=2, passes=2, visit_ms=0.5, sample_ms=0.1)
 
 
 def job(folder: Path, **changes: object) -> BuildJob:
-    plain = BuildJob(folder, SpaceScope(small_space()), QUICK, calibration=2, held_out=4)
+    plain = BuildJob(folder, SpaceScope(small_space()), QUICK, networks=Networks(8, 4))
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -71,25 +72,29 @@ def test_table_of_an_additive_machine_is_exact(tmp_path: Path) -> None:
 
 def test_stated_error_is_that_of_the_held_out_networks(tmp_path: Path) -> None:
     built = measure(job(tmp_path / "fake"), FakeMachine(noise=0.01))
-    (figure,) = built.table.device.errors
+    figure, before = built.table.device.errors
     errors = [100 * (one.predicted_ms / one.measured_ms - 1) for one in built.held_out]
     assert figure.networks == len(errors) == 4
     assert figure.mape_percent == pytest.approx(sum(map(abs, errors)) / 4, abs=1e-3)
     assert figure.bias_percent == pytest.approx(sum(errors) / 4, abs=1e-3)
     assert figure.max_percent == pytest.approx(max(map(abs, errors)), abs=1e-3)
+    assert figure.within_5_percent == 100 * sum(abs(error) <= 5 for error in errors) / 4
+    assert figure.within_10_percent == 100 * sum(abs(error) <= 10 for error in errors) / 4
+    assert "before calibration on 8" in before.what
+    assert before.networks == 4
     interval = built.table.device.interval
     assert interval is not None
-    for one in built.held_out:
-        low, high = 1 - interval.low_percent / 100, 1 + interval.high_percent / 100
-        assert low <= one.measured_ms / one.predicted_ms <= high
+    assert interval.low_percent == interval.high_percent <= 100 * 0.2
+    inside = [check.covered for check in built.held_out]
+    assert figure.coverage_percent == 100 * sum(inside) / 4
 
 
 def test_overhead_is_what_networks_take_beyond_their_parts(tmp_path: Path) -> None:
     table = measure(job(tmp_path / "fake"), FakeMachine()).table
     row = table.by_key[OVERHEAD]
-    assert (row.kind, row.n) == ("fitted", 2)
+    assert (row.kind, row.n) == ("fitted", 8)
     assert row.latency_ms >= CALL_MS * (1 - 1e-6)
-    alone = measure(job(tmp_path / "alone", calibration=0, held_out=0), FakeMachine()).table
+    alone = measure(job(tmp_path / "alone", networks=Networks(0, 0)), FakeMachine()).table
     row = alone.by_key[OVERHEAD]
     assert (row.kind, row.latency_ms) == ("measured", pytest.approx(CALL_MS, rel=1e-3))
     assert alone.device.errors == ()
@@ -116,7 +121,7 @@ def test_interrupted_build_goes_on_and_ends_with_the_same_rows(tmp_path: Path, l
 def test_finished_build_keeps_its_samples_and_no_journal(tmp_path: Path) -> None:
     measure(job(tmp_path / "fake"), FakeMachine())
     names = sorted(path.name for path in (tmp_path / "fake").iterdir())
-    assert names == ["device.yaml", SAMPLES_FILE, "table.csv"]
+    assert names == ["device.yaml", SAMPLES_FILE, "table.csv", "timings.csv"]
     lines = gzip.decompress((tmp_path / "fake" / SAMPLES_FILE).read_bytes()).splitlines()
     assert json.loads(lines[0])["runtime"]["name"] == "fake"
     assert len(lines) > 2 * 20
@@ -140,7 +145,7 @@ def test_killed_before_the_table_was_written_needs_no_new_timing(
 def test_uncertain_components_are_visited_again(tmp_path: Path) -> None:
     noisy = FakeMachine(noise=0.05)
     built = measure(job(tmp_path / "fake", protocol=replace(QUICK, max_drift=0.5)), noisy)
-    counts = {row.n for row in built.table.rows if row.kind == "measured"}
+    counts = {row.n for row in built.table.rows if row.key != OVERHEAD}
     assert max(counts) > QUICK.rounds * QUICK.passes
     assert max(counts) <= QUICK.rounds * (QUICK.passes + QUICK.extra_passes)
 
@@ -192,7 +197,7 @@ def test_runtime_on_more_threads_than_given_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LatencyTableError, match=r"1 thread\(s\) it was given, 2\.0 are busy"):
         measure(job(tmp_path / "fake"), FakeMachine(threads=2))
     measure(job(tmp_path / "two"), FakeMachine(threads=2), threads=2)
-    with pytest.raises(LatencyTableError, match="--clock cpu times one thread, got 2"):
+    with pytest.raises(LatencyTableError, match="--clock cpu times one thread of a CPU, got 2"):
         measure(job(tmp_path / "x", protocol=replace(QUICK, clock="cpu")), FakeMachine(), threads=2)
 
 
@@ -220,7 +225,7 @@ def test_component_lost_in_noise_is_priced_at_its_error(tmp_path: Path) -> None:
     table = measure(wanted, OddHeads(noise=0.01)).table
     (note,) = (note for note in table.device.notes if note.startswith("lost in noise"))
     heads = [row for row in table.rows if row.key.component == "head"]
-    assert len(heads) == 12  # 4 widths by 2, the space's own and 1000 classes
+    assert len(heads) == 9  # ends and middle by 2, the space's own and 1000 classes
     assert any(str(row.key) in note for row in heads)
     assert all(0 < row.latency_ms < 0.01 for row in heads)
     assert missing_components(small_space(), LatencyTable.load(tmp_path / "fake")) == ()
@@ -276,6 +281,7 @@ def test_real_build_prices_its_space(tmp_path: Path, backend: str) -> None:
     space = tmp_path / "small.yaml"
     space.write_text(SMALL_SPACE)
     arguments = ["--backend", backend, "--space", str(space), "--rounds", "1", "--clock", "cpu"]
+    arguments += ["--networks", "4", "--held-out", "6"]
     result = CliRunner().invoke(_app(), [*arguments, "--output", str(tmp_path / "here"), "--json"])
     assert result.exit_code == 0, result.output
     body = json.loads(result.stdout)

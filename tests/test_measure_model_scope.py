@@ -33,6 +33,7 @@ from slimnas.measure.build import JOURNAL_FILE, BuildJob, BuiltTable, build_tabl
 from slimnas.measure.model_scope import ModelScope
 from slimnas.measure.networks import Chain, network_and_input
 from slimnas.measure.plan import make_plan
+from slimnas.measure.schedule import Networks
 from slimnas.measure.scope import SpaceScope
 from slimnas.measure.timing import Protocol
 from slimnas.nn.build import build
@@ -43,7 +44,7 @@ FAMILIES = tuple(SMALL_MODELS)
 
 
 def job(folder: Path, family: str = "vit") -> BuildJob:
-    return BuildJob(folder, ModelScope(small_model(family)), QUICK, calibration=2, held_out=4)
+    return BuildJob(folder, ModelScope(small_model(family)), QUICK, networks=Networks(4, 4))
 
 
 def measure(wanted: BuildJob, machine: FakeMachine) -> BuiltTable:
@@ -82,7 +83,7 @@ def test_table_of_an_additive_machine_prices_every_pruned_form(tmp_path: Path, f
         assert estimate(network, table).latency_ms == pytest.approx(truth, abs=3e-5)
         assert missing_components(walk(network), table) == ()
     assert len({network.digest for network in networks}) > 50
-    (figure,) = table.device.errors
+    figure, _ = table.device.errors
     assert figure.what.startswith(f"randomly pruned forms of {model.name}")
     assert (figure.networks, figure.max_percent) == (4, pytest.approx(0, abs=0.05))
     assert table.device.notes[0].startswith(f"model {model.name} and what can be pruned from it: ")
@@ -188,10 +189,14 @@ def test_journal_of_another_scope_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         measure(job(tmp_path / "fake"), FakeMachine(fail_after=9))
     before = (tmp_path / "fake" / JOURNAL_FILE).read_bytes()
-    with pytest.raises(LatencyTableError, match="belongs to another build: its model is name"):
+    with pytest.raises(
+        LatencyTableError, match="belongs to another build: its covers is 'model small_vit"
+    ):
         measure(job(tmp_path / "fake", "swin"), FakeMachine())
     of_a_space = replace(job(tmp_path / "fake"), scope=SpaceScope(small_space()))
-    with pytest.raises(LatencyTableError, match="belongs to another build: its model is"):
+    with pytest.raises(
+        LatencyTableError, match="belongs to another build: its covers is 'model small_vit"
+    ):
         measure(of_a_space, FakeMachine())
     assert (tmp_path / "fake" / JOURNAL_FILE).read_bytes() == before
 
@@ -227,6 +232,7 @@ def test_real_build_prices_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     Path("model.yaml").write_text(SMALL_MODELS["vit"])
     arguments = ["build", "--model", "model.yaml", "--rounds", "1", "--clock", "cpu"]
+    arguments += ["--networks", "4", "--held-out", "6"]
     result = CliRunner().invoke(app, [*arguments, "--device", "here", "--json"])
     assert result.exit_code == 0, result.output
     body = json.loads(result.stdout)

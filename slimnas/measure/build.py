@@ -30,7 +30,7 @@ from slimnas.measure.schedule import Networks, Schedule, Shard
 from slimnas.measure.scope import Parts, Scope
 from slimnas.measure.summary import write_summary
 from slimnas.measure.timing import BUSY, Clocks, Protocol, Stopwatch
-from slimnas.runtimes.base import FileRuntime, Runtime
+from slimnas.runtimes.base import FileRuntime, Runtime, clock_of
 
 JOURNAL_FILE = "journal.jsonl"
 SAMPLES_FILE = "samples.jsonl.gz"
@@ -204,7 +204,9 @@ def time_networks(
     visits: list[Visit] = []
     with pinned(runtime.threads), tempfile.TemporaryDirectory() as folder:
         load = loader or runtime_loader(runtime, batch=batch, exports=_exports(runtime, folder))
-        stopwatch = _stopwatch(protocol, runtime, load, reference, clocks or Clocks(), ())
+        stopwatch = _stopwatch(
+            protocol, runtime, load, reference, clocks or Clocks(wall=clock_of(runtime)), ()
+        )
         for number in range(protocol.passes):
             order = list(entries)
             random.Random(f"{protocol.seed} {number}").shuffle(order)
@@ -227,7 +229,7 @@ def _journal(job: BuildJob, runtime: Runtime) -> Iterator[Journal]:
             f"--clock cpu times one thread of a CPU, got {runtime.threads} on "
             f"{runtime.compute_unit}; use --threads 1 or --clock wall"
         )
-    _refuse_taken(job)
+    refuse_taken(job.output, force=job.force)
     with folder_lock(job.output):
         yield Journal(job.output / JOURNAL_FILE, header_of(job, runtime))
 
@@ -258,7 +260,7 @@ def _time_all(
                     runtime,
                     load,
                     schedule.plan.reference,
-                    clocks or Clocks(),
+                    clocks or Clocks(wall=clock_of(runtime)),
                     [ms for v in journal.visits for one in v.rounds for ms in one.reference_ms],
                 )
             if progress is not None:
@@ -303,15 +305,21 @@ def _visit(
     return Visit(entry.name, number, rounds, load_average(), temperature_celsius())
 
 
-def _refuse_taken(job: BuildJob) -> None:
-    name = job.output.name
+def refuse_taken(output: Path, *, force: bool) -> None:
+    """Refuse a folder that cannot become a table, or holds one that is not to be replaced.
+
+    Raises:
+        LatencyTableError: its name is no device's, a finished table is there, or one of another
+            kind has that name.
+    """
+    name = output.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise LatencyTableError(
             f"a device's name, which its table's folder has, must be letters, digits, '.', '_' "
             f"and '-', got {name!r}"
         )
     # A table of that name elsewhere would be hidden by this one, or hide it.
-    for folder in (job.output, known_devices().get(name, job.output)):
+    for folder in (output, known_devices().get(name, output)):
         if (folder / DEVICE_FILE).is_file():
             known = LatencyTable.load(folder).device
             if known.kind != "measured":
@@ -319,11 +327,11 @@ def _refuse_taken(job: BuildJob) -> None:
                     f"{name}: is the {known.kind} table of {known.device} in {folder}; "
                     "choose another name with --device or --output"
                 )
-    if not (job.output / DEVICE_FILE).is_file() or (job.output / JOURNAL_FILE).is_file():
+    if not (output / DEVICE_FILE).is_file() or (output / JOURNAL_FILE).is_file():
         return
-    table = LatencyTable.load(job.output)
-    if not job.force:
+    table = LatencyTable.load(output)
+    if not force:
         raise LatencyTableError(
-            f"{job.output}: holds a finished table measured on {table.device.date}; choose "
+            f"{output}: holds a finished table measured on {table.device.date}; choose "
             "another --output, or measure it anew with --force"
         )

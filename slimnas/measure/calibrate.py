@@ -211,15 +211,18 @@ class _Problem:
 
     def solve(self, common: float, own: float) -> tuple[float, Array]:
         """Correction of the intercept in milliseconds, and of every row as a share, in bounds."""
+        offset, corrections = self.posterior(common, own)
+        if offset >= 0 and corrections.min(initial=0.0) >= LEAST - 1:
+            return offset, corrections
+        return self._bounded(self.covariance(common, own))
+
+    def posterior(self, common: float, own: float) -> tuple[float, Array]:
+        """The same without bounds."""
         root = _root(self.covariance(common, own))
-        # In whitened coordinates the penalty is the unit matrix; bounds need the rows themselves.
         design = np.column_stack([self.call * self.call_scale_ms, self.parts @ root])
         gram = design @ design.T + np.diag(self.noise**2)
         whitened = design.T @ np.linalg.solve(gram, self.missing)
-        offset, corrections = self.call_scale_ms * whitened[0], root @ whitened[1:]
-        if offset >= 0 and corrections.min(initial=0.0) >= LEAST - 1:
-            return float(offset), corrections
-        return self._bounded(self.covariance(common, own))
+        return self.call_scale_ms * float(whitened[0]), np.asarray(root @ whitened[1:])
 
     def errors(self, common: float, own: float) -> Array:
         """Standard error of every row's correction, after the networks."""

@@ -111,7 +111,7 @@ class Journal:
         return b"".join(map(json_line, documents))
 
     def append(self, visit: Visit) -> None:
-        """Add `visit`; it survives a kill and a power cut from here on.
+        """Add `visit`, rounded as the file has it; it survives a kill and a power cut from here on.
 
         Raises:
             RunFolderError: the file cannot be written, such as a full disk.
@@ -123,7 +123,7 @@ class Journal:
                 os.fsync(file.fileno())
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        self.visits.append(visit)
+        self.visits.append(Visit.from_dict(visit.to_dict()))
 
 
 def read_journal(path: Path) -> tuple[dict[str, Any], list[Visit]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from slimnas.nn.build import make_module
 from slimnas.nn.fold import fold
 from slimnas.nn.layout import layout_of, run_module
 from slimnas.nn.seeding import seeded
-from slimnas.runtimes.base import DeviceSession, FileRuntime, Runtime
+from slimnas.runtimes.base import FileRuntime, Runtime, bound
 
 Loader = Callable[[Parts], Call]
 """Makes a network of these components ready to run."""
@@ -83,9 +82,7 @@ def runtime_loader(runtime: Runtime, *, batch: int = 1, exports: Path | None = N
             if not file.exists():
                 file.write_bytes(runtime.export(network, x))
             session = runtime.open(file.read_bytes())
-        if isinstance(session, DeviceSession):
-            return session.bind(x.numpy())
-        return partial(session.run, x.numpy())
+        return bound(session, x.numpy())
 
     return load
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean, median
 
 import numpy as np
@@ -15,7 +15,7 @@ from slimnas.arch.architecture import Architecture
 from slimnas.errors import LatencyTableError
 from slimnas.latency.estimate import estimate
 from slimnas.latency.keys import OVERHEAD
-from slimnas.latency.rows import PriceRow
+from slimnas.latency.rows import DIGITS, PriceRow
 from slimnas.latency.table import DeviceInfo, ErrorFigure, IntervalInfo, LatencyTable, RuntimeInfo
 from slimnas.measure.calibrate import Calibration, NetworkTiming, calibrate
 from slimnas.measure.journal import Visit
@@ -174,7 +174,8 @@ def make_table(
     prior = make_prior(plan, found, device)
     networks = network_timings(plan.calibration, found)
     fit = calibrate(prior, networks) if len(networks) >= FEWEST else None
-    rows = prior.rows if fit is None else fit.table.rows
+    # as the file will have them, so that the stated error is that of the file
+    rows = tuple(map(_as_written, prior.rows if fit is None else fit.table.rows))
     held_out = network_timings(plan.held_out, found)
     checks = _checks(held_out, LatencyTable(device, rows))
     before = _checks(held_out, prior)
@@ -297,6 +298,11 @@ def _notes(plan: Plan, found: Mapping[str, Timing], fit: Calibration | None) -> 
     if lost:
         notes.append(f"lost in noise, priced at the standard error: {', '.join(lost)}")
     return notes
+
+
+def _as_written(row: PriceRow) -> PriceRow:
+    latency_ms, spread_ms = round(row.latency_ms, DIGITS), round(row.spread_ms, DIGITS)
+    return replace(row, latency_ms=max(latency_ms, LEAST_MS), spread_ms=spread_ms)
 
 
 def _row(entry: Entry, timing: Timing) -> PriceRow:
