@@ -380,6 +380,7 @@ def common_options(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, help="results file (default: results.jsonl in the kit's folder)")
     add("--rounds", type=int, help="accepted rounds per entry and pass")
     add("--passes", type=int, help="how often each entry is visited")
+    add("--extra-passes", type=int, help="how often at most uncertain entries are visited again")
     add("--shard", default="1/1", help="part i/n of the entries, to share the work")
     add("--device", help="the device in words, such as 'Pixel 8'")
     add("--soc", help="its chip")
@@ -396,6 +397,8 @@ def protocol_of(kit: Kit, given: argparse.Namespace, **changes: Any) -> dict[str
     for name, value in options.items():
         if isinstance(value, int) and value < 1:
             raise KitError(f"--{name} must be at least 1, got {value}")
+    if given.extra_passes is not None:
+        options["extra_passes"] = max(given.extra_passes, 0)
     wanted = {name: value for name, value in options.items() if value is not None}
     return {**kit.manifest["protocol"], **wanted}
 

@@ -219,6 +219,7 @@ def _manifest(
         batch=job.batch,
         calibration=len(networks.plan.calibration),
         held_out=len(networks.plan.held_out),
+        sample=networks.plan.sample,
         seed=job.protocol.seed,
         protocol=job.protocol.to_dict(),
         reference=files[0].name,

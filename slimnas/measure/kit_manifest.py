@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,16 +13,18 @@ from typing import Any, Literal
 from slimnas import __version__
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.documents import Spec, check_schema, parse_spec
-from slimnas.arch.space import SearchSpace
 from slimnas.errors import LatencyTableError, SpecError
+from slimnas.latency.keys import PriceKey, format_fields, parse_fields
 from slimnas.measure.kit_networks import KitNetworks
 from slimnas.measure.model_scope import ModelScope
-from slimnas.measure.plan import Plan, make_plan
+from slimnas.measure.plan import Entry, Plan, Term, network_entry
 from slimnas.measure.scope import Scope, SpaceScope
 
 MANIFEST_FILE = "manifest.json"
 SCHEMA = "slimnas/latency-kit/1"
 WHAT = "a latency kit's manifest"
+
+Use = Literal["part", "call", "calibration", "held out"]
 
 
 class ScopeDocument(Spec):
@@ -47,16 +50,6 @@ class ScopeDocument(Spec):
         if isinstance(scope, ModelScope):
             return cls(kind="model", text=scope.model.to_yaml())
         raise LatencyTableError(f"{scope.title}: a kit is for a space or for a model")
-
-    def scope(self) -> Scope:
-        """The scope again.
-
-        Raises:
-            SpecError: the document is not what `kind` says.
-        """
-        if self.kind == "space":
-            return SpaceScope(SearchSpace.from_yaml(self.text, source="the kit's space"))
-        return ModelScope(Architecture.from_yaml(self.text, source="the kit's model"))
 
 
 class InputInfo(Spec):
@@ -95,12 +88,49 @@ class KitTerm(Spec):
     share: float
 
 
+class KeyDocument(Spec):
+    """A price's key as plain data; see `slimnas.latency.keys.PriceKey`."""
+
+    component: str
+    type: str
+    fields: str
+    resolution: str
+    width_in: int
+    width_out: int
+
+    @classmethod
+    def of(cls, key: PriceKey) -> KeyDocument:
+        """Write down `key`."""
+        return cls(**{**asdict(key), "fields": format_fields(key.fields)})
+
+    def key(self) -> PriceKey:
+        """The key again."""
+        return PriceKey(**{**self.model_dump(), "fields": parse_fields(self.fields)})
+
+
 class KitEntry(Spec):
-    """Networks that are timed side by side; priced if they make a row of the table."""
+    """Networks that are timed side by side.
+
+    Attributes:
+        name: unique in the kit.
+        use: a part of networks, what a call costs, or a whole network and what it is for.
+        priced: whether a row of the table follows from it.
+        terms: the networks, and the share of each in the price.
+        key: of the row.
+        network: a whole network's architecture, a YAML document.
+    """
 
     name: str
+    use: Use
     priced: bool
     terms: tuple[KitTerm, ...]
+    key: KeyDocument | None = None
+    network: str | None = None
+
+    def entry(self) -> Entry:
+        """The plan's entry, its terms without their components."""
+        terms = tuple(Term((), term.share) for term in self.terms)
+        return Entry(self.name, terms, None if self.key is None else self.key.key())
 
 
 class RuntimeFact(Spec):
@@ -118,6 +148,7 @@ class KitManifest(Spec):
         format: onnx, coreml or executorch.
         calibration: whole networks that correct the prices.
         held_out: whole networks that state the error.
+        sample: what the whole networks are, in words.
         reference: file of the reference network.
         shared: files that several networks read, such as weights.
         size: bytes of all files.
@@ -136,6 +167,7 @@ class KitManifest(Spec):
     batch: int
     calibration: int
     held_out: int
+    sample: str
     seed: int
     protocol: dict[str, Any]
     reference: str
@@ -189,36 +221,46 @@ class KitManifest(Spec):
             raise LatencyTableError(f"{path}: must be a JSON object")
         return cls.from_dict(data, source=str(path))
 
-    @property
-    def suffix(self) -> str:
-        """How the names of the networks' files end."""
-        return "." + self.reference.partition(".")[2]
-
     @cached_property
     def by_name(self) -> Mapping[str, NetworkFile]:
         """Every network's file by its name."""
         return {file.name: file for file in self.files}
 
     def plan(self) -> Plan:
-        """Make the plan again, and check that its networks are the kit's.
+        """The plan that the kit was made of, for what comes after timing.
+
+        It is read from the manifest alone, so that any slimnas prices the results of any kit.
+        What its terms consist of is not in it, only their shares.
 
         Raises:
-            LatencyTableError: this slimnas plans other networks than the one that made the kit.
+            LatencyTableError: an architecture or a price that this slimnas does not know.
         """
         try:
-            scope = self.scope.scope()
-        except SpecError as error:
-            raise LatencyTableError(f"{WHAT}: scope: {error}") from error
-        plan = make_plan(
-            scope,
-            chains=(int(self.protocol["chains"][0]), int(self.protocol["chains"][1])),
-            calibration=self.calibration,
-            held_out=self.held_out,
-            seed=self.seed,
-        )
-        if entries_of(KitNetworks.of(plan), self.suffix) != self.entries:
+            priced = [(entry, entry.entry()) for entry in self.entries]
+            networks = {
+                use: tuple(
+                    Architecture.from_yaml(entry.network, source=f"{WHAT}: {entry.name}")
+                    for entry in self.entries
+                    if entry.use == use and entry.network is not None
+                )
+                for use in ("calibration", "held out")
+            }
+        except (SpecError, LatencyTableError) as error:
             raise LatencyTableError(
-                f"the kit was made by slimnas {self.tool_version}, which times other networks "
+                f"{error}; import the results with slimnas {self.tool_version}, which made the kit"
+            ) from error
+        (nothing,) = (entry for kit, entry in priced if kit.use == "call")
+        plan = Plan(
+            reference=(),
+            components=tuple(entry for kit, entry in priced if kit.use == "part"),
+            nothing=nothing,
+            calibration=networks["calibration"],
+            held_out=networks["held out"],
+            sample=self.sample,
+        )
+        if [entry.name for entry in plan.entries] != [entry.name for entry in self.entries]:
+            raise LatencyTableError(
+                f"the kit was made by slimnas {self.tool_version}, which names networks otherwise "
                 f"than slimnas {__version__}; import its results with that version"
             )
         return plan
@@ -226,14 +268,28 @@ class KitManifest(Spec):
 
 def entries_of(networks: KitNetworks, suffix: str) -> tuple[KitEntry, ...]:
     """The entries of a kit whose files end in `suffix`."""
-    return tuple(
-        KitEntry(
-            name=name,
-            priced=priced,
-            terms=tuple(KitTerm(file=file, share=share) for file, share in terms),
+    plan = networks.plan
+    wholes = {network_entry(one).name: one.to_yaml() for one in (*plan.calibration, *plan.held_out)}
+    held_out = {network_entry(one).name for one in plan.held_out}
+    found = []
+    for entry in plan.entries:
+        use: Use = "held out" if entry.name in held_out else "calibration"
+        if entry.name not in wholes:
+            use = "call" if entry.key is None else "part"
+        found.append(
+            KitEntry(
+                name=entry.name,
+                use=use,
+                priced=entry.key is not None,
+                terms=tuple(
+                    KitTerm(file=f"{networks.stem(term.parts)}{suffix}", share=term.share)
+                    for term in entry.terms
+                ),
+                key=None if entry.key is None else KeyDocument.of(entry.key),
+                network=wholes.get(entry.name),
+            )
         )
-        for name, priced, terms in networks.entries(suffix)
-    )
+    return tuple(found)
 
 
 def digest_of(manifest: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 from slimnas.arch.walk import Component, component_cost
@@ -37,17 +38,13 @@ class KitNetworks:
             distinct.setdefault(identity(parts), parts)
         return cls(plan, {_stem(i, parts): parts for i, parts in enumerate(distinct.values())})
 
-    def entries(self, suffix: str) -> tuple[tuple[str, bool, tuple[tuple[str, float], ...]], ...]:
-        """Name, whether it is priced, and (file, share) of each term, for every entry."""
-        names = {identity(parts): f"{stem}{suffix}" for stem, parts in self.parts.items()}
-        return tuple(
-            (
-                entry.name,
-                entry.key is not None,
-                tuple((names[identity(term.parts)], term.share) for term in entry.terms),
-            )
-            for entry in self.plan.entries
-        )
+    @cached_property
+    def _stems(self) -> Mapping[Identity, str]:
+        return {identity(parts): stem for stem, parts in self.parts.items()}
+
+    def stem(self, parts: Parts) -> str:
+        """File name without ending of the network that computes what `parts` do."""
+        return self._stems[identity(parts)]
 
 
 def identity(parts: Parts) -> Identity:
