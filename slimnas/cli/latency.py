@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimnas.cli.latency_build import build
+from slimnas.cli.latency_import import import_results
+from slimnas.cli.latency_kit import kit
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Latency tables: show, estimate, measure.")
 app.command()(build)
+app.command()(kit)
+app.command("import")(import_results)
 
 DeviceName = Annotated[str, typer.Argument(help="Name of a latency table, or its folder.")]
 
