@@ -41,6 +41,11 @@ COMMANDS = {
         "--backend --clock --device --force --json --model --output --rounds --seed --space "
         "--threads"
     ),
+    "slimnas latency calibrate": (
+        "--description --device --force --json --model --output --points --prior --protocol "
+        "--runtime --strength"
+    ),
+    "slimnas latency devices": "--json",
     "slimnas latency list": "--json",
     "slimnas latency show": "--json --rows DEVICE",
     "slimnas latency estimate": "--device --extrapolate --json ARCHITECTURE",
@@ -124,7 +129,7 @@ def test_wrong_usage_exits_with_2(
     [
         ("space list", {"spaces"}),
         ("space show efficientformer_tiny", {"name", "macs", "params", "space"}),
-        ("latency list", {"devices"}),
+        ("latency devices", {"devices"}),
         ("latency show iphone12", {"name", "kind", "errors", "counts"}),
         (
             "latency estimate efficientformer_l1 --device iphone12",

@@ -13,7 +13,10 @@ from typer.testing import CliRunner
 from slimnas.arch.architecture import Architecture
 from slimnas.cli.latency import app
 from slimnas.errors import LatencyTableError, MissingLatencyError, SlimnasError
+from slimnas.latency.devices import known_devices
+from slimnas.latency.table import LatencyTable
 from tests.test_latency_device_model import published_network
+from tests.test_latency_table import small_table
 
 
 def run(*arguments: str) -> tuple[str, str]:
@@ -62,7 +65,7 @@ def test_extrapolation_only_when_asked_for(network: Architecture) -> None:
     assert "without the error of extrapolating" in out
 
 
-def test_show_and_list(network: Architecture) -> None:
+def test_show(network: Architecture) -> None:
     out, _ = run("show", "iphone12")
     assert "1512 x downsample conv3x3" in out
     assert "bias" in out
@@ -71,17 +74,38 @@ def test_show_and_list(network: Architecture) -> None:
     summary = json.loads(run("show", "iphone12", "--json")[0])
     assert summary["kind"] == "estimated"
     assert sum(summary["counts"].values()) == 1927
-    out, _ = run("list")
-    assert [line.split()[0] for line in out.splitlines()] == ["iphone12", "iphone12-ios16"]
-    devices = json.loads(run("list", "--json")[0])["devices"]
-    assert [device["name"] for device in devices] == ["iphone12", "iphone12-ios16"]
 
 
-def test_list_skips_and_names_a_damaged_table(network: Architecture) -> None:
+def test_devices_says_what_each_table_is_and_how_far_off(network: Architecture) -> None:
+    out, err = run("devices")
+    header, *lines = out.splitlines()
+    assert header.split() == ["name", "kind", "device", "runtime", "date", "error", "networks"]
+    assert [line.split()[0] for line in lines] == list(known_devices())
+    assert len(lines) >= 7
+    for line, folder in zip(lines, known_devices().values(), strict=True):
+        figure = LatencyTable.load(folder).device.errors[0]
+        assert line.endswith(f"{figure.networks}")
+        assert f"  {figure.mape_percent:.1f} %" in line
+    assert "had not seen" in err
+    assert run("list")[0] == out  # its name in the first release
+    devices = json.loads(run("devices", "--json")[0])["devices"]
+    assert [device["name"] for device in devices] == list(known_devices())
+    wanted = {"name", "kind", "device", "runtime", "compute_unit", "date", "errors", "rows", "path"}
+    assert all(device.keys() == wanted for device in devices)
+
+
+def test_a_table_without_error_says_unknown(network: Architecture) -> None:
+    small_table().save(Path("lookup_tables/bench"))
+    line = next(line for line in run("devices")[0].splitlines() if line.startswith("bench"))
+    assert line.split()[1] == "measured"
+    assert line.endswith("unknown")
+
+
+def test_devices_skips_and_names_a_damaged_table(network: Architecture) -> None:
     folder = Path("lookup_tables/broken")
     folder.mkdir(parents=True)
     (folder / "device.yaml").write_text("schema: slimnas/latency-table/1\n")
-    out, err = run("list")
+    out, err = run("devices")
     assert "broken" not in out
     assert "skipped" in err
     with pytest.raises(LatencyTableError, match=r"device\.yaml: rows"):

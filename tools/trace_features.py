@@ -4,8 +4,8 @@
 
 Every line of `points.csv` with a `model` gets its features from one forward pass of that timm
 model at that resolution, reparametrised for inference where it can be, with batch normalisation
-taken as folded and a distillation head as folded into the head. Needs timm (`pip install
-slimnas[test]`).
+taken as folded and a distillation head as folded into the head. A model called `pytorchcv:NAME`
+is that package's. Needs timm (`pip install slimnas[test]`), and pytorchcv where it is named.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from functools import reduce
+from functools import cache, reduce
 from math import prod
 from operator import add
 from pathlib import Path
@@ -23,13 +23,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slimnas._files import atomic_write_text
-from slimnas.latency.device_model import (
+from slimnas.latency.features import (
     FEATURE_NAMES,
-    LARGE_ATTENTION_QUERIES,
     Features,
+    attention_product,
     dense_layer,
+    dynamic_norm,
+    pooling,
+    softmax,
 )
-from slimnas.latency.fit import POINT_COLUMNS, POINTS_FILE
+from slimnas.latency.points import POINT_COLUMNS, POINTS_FILE
+
+ACTIVATIONS = frozenset(
+    ("gelu", "silu", "hardswish", "sigmoid", "hardsigmoid", "tanh", "elu", "mish")
+)
+"""What needs more than a comparison per element. In-place variants have the same name and `_`."""
 
 ATTENTION_STEP = "2 x efficientformer_v2.Attention2d(160, 14x14)"
 """Two full-resolution attention blocks of EfficientFormerV2. Their number and width follow from
@@ -47,9 +55,10 @@ class Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
-        first = result if isinstance(result, torch.Tensor) else result[0]
-        self.found.append(operator_features(name, args, tuple(first.shape)))
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        first = result[0] if isinstance(result, (tuple, list)) and result else result
+        if isinstance(first, torch.Tensor):
+            self.found.append(operator_features(name, args, tuple(first.shape)))
         return result
 
 
@@ -57,24 +66,52 @@ def operator_features(name: str, args: tuple[Any, ...], out: tuple[int, ...]) ->
     """Features of one ATen operator."""
     shapes = [tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)]
     if name == "convolution":
-        weight, stride, groups = shapes[1], args[3][0], args[8]
-        traffic = prod(shapes[0]) + prod(out)
-        if groups > 1:
-            return Features(traffic_elements=traffic)
-        patch = Features(patch_embeddings=int(weight[-1] >= 7 and stride >= 4))
-        layer = dense_layer(prod(shapes[0]), prod(weight), prod(out), out[-1] * out[-2])
-        return patch + layer
+        return _convolution(args, shapes, out)
     if name in ("mm", "addmm"):
         left, right = shapes[-2:]
-        return dense_layer(prod(left), prod(right), prod(out), left[0])
-    if name == "bmm":
-        return Features(traffic_elements=prod(shapes[0]) + prod(shapes[1]) + prod(out))
+        return dense_layer(prod(left), prod(right), prod(out), left[0], kernel=1)
+    if name in ("bmm", "baddbmm"):
+        left, right = shapes[-2:]
+        return attention_product(prod(left), prod(right), prod(out), prod(left) * right[-1])
     if name in ("avg_pool2d", "max_pool2d_with_indices"):
-        return Features(traffic_elements=2 * prod(out))
+        return pooling(prod(out))
     if name == "_softmax":
-        large = prod(out) if out[-2] > LARGE_ATTENTION_QUERIES else 0
-        return Features(dynamic_norms=1, large_attention_elements=large)
-    return Features(dynamic_norms=int(name in ("native_layer_norm", "native_group_norm")))
+        return softmax(prod(out), out[-2])
+    if name in ("native_layer_norm", "native_group_norm"):
+        return dynamic_norm(prod(out))
+    if name in ACTIVATIONS:
+        return Features(activation_elements=prod(out))
+    if name in ("roll", "cat") or _reorders(name, args, out):
+        return Features(reshaped_elements=prod(out))
+    return Features()
+
+
+def _convolution(
+    args: tuple[Any, ...], shapes: list[tuple[int, ...]], out: tuple[int, ...]
+) -> Features:
+    weight, stride, groups = shapes[1], args[3][0], args[8]
+    positions, inputs, outputs = out[-1] * out[-2], prod(shapes[0]), prod(out)
+    if groups > 1:
+        return Features(
+            traffic_elements=inputs + outputs,
+            grouped_macs=prod(weight) * positions,
+            weights=prod(weight),
+            operators=1,
+        )
+    patch = Features(patch_embeddings=int(weight[-1] >= 7 and stride >= 4))
+    return patch + dense_layer(inputs, prod(weight), outputs, positions, kernel=weight[-1])
+
+
+def _reorders(name: str, args: tuple[Any, ...], out: tuple[int, ...]) -> bool:
+    """Whether elements move: a permutation of maps, heads or windows.
+
+    A map and its tokens are one array read two ways, and the last two dimensions swap inside a
+    matrix product.
+    """
+    if name == "transpose":
+        swapped = {axis % len(out) for axis in args[1:3]}
+        return len(out) > 3 and swapped != {len(out) - 2, len(out) - 1}
+    return name == "permute" and len(out) > 3
 
 
 def trace(module: torch.nn.Module, shape: tuple[int, ...]) -> Features:
@@ -88,8 +125,9 @@ def trace(module: torch.nn.Module, shape: tuple[int, ...]) -> Features:
     return reduce(add, tracer.found, Features())
 
 
+@cache
 def model_features(model: str, resolution: int) -> Features:
-    """Features of a timm model, or of `ATTENTION_STEP`."""
+    """Features of a timm model, of `pytorchcv:NAME`, or of `ATTENTION_STEP`."""
     import timm
     from timm.layers import set_fused_attn
     from timm.models.efficientformer_v2 import Attention2d
@@ -99,7 +137,13 @@ def model_features(model: str, resolution: int) -> Features:
     if model == ATTENTION_STEP:
         step = trace(Attention2d(160, resolution=14), (1, 160, 14, 14))
         return step + step
-    network = reparameterize_model(timm.create_model(model))
+    package, _, name = model.rpartition(":")
+    if package:
+        from pytorchcv.model_provider import get_model
+
+        network = get_model(name)
+    else:
+        network = reparameterize_model(timm.create_model(name))
     if hasattr(network, "head_dist"):
         network.head_dist = torch.nn.Identity()
         network.head_dist.forward = lambda features: torch.zeros(1, 1000)
@@ -111,6 +155,7 @@ def fill(folder: Path) -> None:
     path = folder / POINTS_FILE
     rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8")), strict=True))
     for row in rows:
+        row.setdefault("weight", "1")
         if row["model"]:
             features = model_features(row["model"], int(row["resolution"]))
             row.update(zip(FEATURE_NAMES, map(str, features.counts), strict=True))

@@ -4,49 +4,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slimnas.cli.latency_build import build
+from slimnas.cli.latency_calibrate import calibrate
+from slimnas.cli.latency_devices import devices
 from slimnas.cli.latency_import import import_results
 from slimnas.cli.latency_kit import kit
-from slimnas.cli.output import JsonOption, note, print_json, shown_path
+from slimnas.cli.latency_merge import merge, recompute
+from slimnas.cli.latency_validate import validate
+from slimnas.cli.output import JsonOption, note, print_json
 
 if TYPE_CHECKING:
     from slimnas.latency.estimate import Estimate
     from slimnas.latency.table import DeviceInfo, LatencyTable
 
 app = typer.Typer(no_args_is_help=True, help="Latency tables: show, estimate, measure.")
+app.command()(devices)
+app.command("list", hidden=True)(devices)  # its name in the first release
 app.command()(build)
+app.command()(merge)
+app.command()(recompute)
+app.command()(calibrate)
+app.command()(validate)
 app.command()(kit)
 app.command("import")(import_results)
 
 DeviceName = Annotated[str, typer.Argument(help="Name of a latency table, or its folder.")]
-
-
-@app.command("list")
-def list_devices(as_json: JsonOption = False) -> None:
-    """List the devices that have a latency table: yours first, then the shipped ones."""
-    from slimnas.errors import LatencyTableError
-    from slimnas.latency.devices import known_devices, provenance_line
-    from slimnas.latency.table import LatencyTable
-
-    found = []
-    for folder in known_devices().values():
-        try:
-            found.append(LatencyTable.load(folder))
-        except LatencyTableError as error:
-            note(f"skipped {folder}: {error}")
-    if as_json:
-        devices = [
-            {**_identity(t), "rows": len(t.rows), "path": shown_path(Path(t.source))} for t in found
-        ]
-        print_json({"devices": devices})
-        return
-    for table in found:
-        typer.echo(provenance_line(table))
 
 
 @app.command()
@@ -57,12 +44,15 @@ def show(
 ) -> None:
     """Show a latency table: the device, where its numbers come from, how far off they are."""
     from slimnas.latency.devices import find_device, provenance_line
+    from slimnas.latency.regime import regimes
 
     table = find_device(device)
+    found = regimes(table)
     counts = Counter(f"{row.key.component} {row.key.type}" for row in table.rows)
     if as_json:
         note(provenance_line(table))
         summary: dict[str, Any] = {**table.device.model_dump(mode="json"), "counts": dict(counts)}
+        summary["regimes"] = [asdict(regime) for regime in found]
         if rows:
             summary["rows"] = [
                 {"component": str(row.key), "latency_ms": row.latency_ms, "kind": row.kind}
@@ -76,6 +66,8 @@ def show(
     for kind, count in counts.items():
         prices = [r.latency_ms for r in table.rows if f"{r.key.component} {r.key.type}" == kind]
         typer.echo(f"{count:5} x {kind}: {min(prices):.4f} to {max(prices):.4f} ms")
+    for sentence in dict.fromkeys(regime.sentence for regime in found):
+        typer.echo(sentence)
     if rows:
         for row in table.rows:
             spread = f"+- {row.spread_ms:.4f}"
@@ -171,13 +163,18 @@ def _description(device: DeviceInfo) -> Iterable[str]:
         yield f"threads: {device.threads}"
     for figure in device.errors:
         rank = "" if figure.spearman is None else f", rank correlation {figure.spearman:.2f}"
+        middle = "" if figure.median_percent is None else f"median {figure.median_percent} %, "
         yield (
-            f"error, {figure.what}: mean {figure.mape_percent} %, bias {figure.bias_percent:+} %, "
-            f"worst {figure.max_percent} %{rank} (n = {figure.networks})"
+            f"error, {figure.what}: {middle}mean {figure.mape_percent} %, "
+            f"bias {figure.bias_percent:+} %, worst {figure.max_percent} %{rank} "
+            f"(n = {figure.networks})"
         )
     if device.interval is not None:
         limits = f"-{device.interval.low_percent} % to +{device.interval.high_percent} %"
         yield f"{100 * device.interval.level:.0f} % interval: {limits}, {device.interval.basis}"
+    if device.fit is not None:
+        held = f", held to {device.fit.prior} by {device.fit.strength:g}"
+        yield f"device model: {device.fit.model}{held if device.fit.prior else ''}"
     for name, value in device.model.items():
         yield f"model, {name}: {value:g}"
     for text in (*device.sources, *device.notes):

@@ -1,130 +1,89 @@
-"""A model of a neural accelerator: a component's latency from what it computes and moves.
+"""Models of devices: a component's latency from what it computes and moves.
 
 For devices that cannot be timed from here, the price of a component is a non-negative
-combination of the features below. They follow from one picture, the roofline: a dense layer
-with few output positions waits for its weights (each is read once and used once per position),
-one with many waits for its multipliers, and every layer moves its activations. The coefficients
-are fitted to published whole-network latencies by `slimnas.latency.fit`.
+combination of its features. Two models choose among them:
+
+- `accelerator`, for a neural accelerator: the roofline. A dense layer with few output positions
+  waits for its weights (each is read once and used once per position), one with many waits for
+  its multipliers, and every layer moves its activations.
+- `processor`, for CPU cores: each kind of multiply-add has a rate of its own, and elements cost
+  by what is done to them.
+
+Both have a fixed cost per network, per operator and per reordered element. The coefficients are
+fitted to whole-network latencies by `slimnas.latency.fit`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
-from slimnas.arch.architecture import Architecture
 from slimnas.arch.efficientformer import MB3D, MB4D, Conv3x3, ConvStem, LinearHead
 from slimnas.arch.shapes import FeatureShape
-from slimnas.arch.walk import Component, walk
+from slimnas.arch.walk import Component
+from slimnas.latency.features import Features
 
-STREAMING_POSITIONS = 400
-"""A dense layer with fewer output positions waits for its weights, one with more for its
-multipliers. At 224 pixels maps have 49, 196, 784, ... positions, so any threshold between 196
-and 784 says the same."""
-
-LARGE_ATTENTION_QUERIES = 100
-"""Attention over more queries than this pays for its score map. At 224 pixels stages have 49
-and 196, so any threshold between them says the same."""
-
-SCALES = (1.0, 1e6, 1e9, 1e6, 1.0, 1e6, 1.0)
-"""Counts behind one unit of each coefficient: per network, per million weights, per billion
-MACs, per million elements, per operator, per million elements, per operator."""
+PER_MILLION, PER_BILLION = 1e6, 1e9
 
 
 @dataclass(frozen=True)
-class Features:
-    """What a component or network does, for one image.
+class Term:
+    """One term of a device model.
 
     Attributes:
-        networks: 1 for a whole network, whose fixed cost it carries.
-        streamed_weights: weights of dense layers that wait for them.
-        dense_macs: multiply-adds of the other dense layers.
-        traffic_elements: elements read and written by convolutions, linear layers, attention
-            products and pooling.
-        dynamic_norms: layer and group normalisations and softmaxes; batch normalisation folds.
-        large_attention_elements: score-map elements of attention over many queries.
-        patch_embeddings: convolutions with kernel 7 and stride 4 or more.
+        feature: what is counted.
+        coefficient: the name of its price.
+        scale: counts behind one unit of that price.
     """
 
-    networks: int = 0
-    streamed_weights: int = 0
-    dense_macs: int = 0
-    traffic_elements: int = 0
-    dynamic_norms: int = 0
-    large_attention_elements: int = 0
-    patch_embeddings: int = 0
-
-    def __add__(self, other: Features) -> Features:
-        return Features(*(a + b for a, b in zip(self.counts, other.counts, strict=True)))
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """The features in order."""
-        return tuple(getattr(self, name) for name in FEATURE_NAMES)
+    feature: str
+    coefficient: str
+    scale: float
 
 
-FEATURE_NAMES = tuple(field.name for field in fields(Features))
-COEFFICIENT_NAMES = (
-    "overhead_ms",
-    "ms_per_million_streamed_weights",
-    "ms_per_billion_dense_macs",
-    "ms_per_million_traffic_elements",
-    "ms_per_dynamic_norm",
-    "ms_per_million_large_attention_elements",
-    "ms_per_patch_embedding",
-)
+_OVERHEAD = Term("networks", "overhead_ms", 1.0)
+_OPERATORS = Term("operators", "ms_per_operator", 1.0)
+_TRAFFIC = Term("traffic_elements", "ms_per_million_traffic_elements", PER_MILLION)
+_RESHAPED = Term("reshaped_elements", "ms_per_million_reshaped_elements", PER_MILLION)
+
+MODELS: Mapping[str, tuple[Term, ...]] = {
+    "accelerator": (
+        _OVERHEAD,
+        Term("streamed_weights", "ms_per_million_streamed_weights", PER_MILLION),
+        Term("dense_macs", "ms_per_billion_dense_macs", PER_BILLION),
+        _TRAFFIC,
+        Term("dynamic_norms", "ms_per_dynamic_norm", 1.0),
+        Term("large_attention_elements", "ms_per_million_large_attention_elements", PER_MILLION),
+        Term("patch_embeddings", "ms_per_patch_embedding", 1.0),
+        _RESHAPED,
+        _OPERATORS,
+    ),
+    "processor": (
+        _OVERHEAD,
+        Term("conv_macs", "ms_per_billion_conv_macs", PER_BILLION),
+        Term("pointwise_macs", "ms_per_billion_pointwise_macs", PER_BILLION),
+        Term("grouped_macs", "ms_per_billion_grouped_macs", PER_BILLION),
+        Term("attention_macs", "ms_per_billion_attention_macs", PER_BILLION),
+        Term("weights", "ms_per_million_weights", PER_MILLION),
+        _TRAFFIC,
+        Term("norm_elements", "ms_per_million_norm_elements", PER_MILLION),
+        Term("activation_elements", "ms_per_million_activation_elements", PER_MILLION),
+        _RESHAPED,
+        _OPERATORS,
+    ),
+}
+"""The terms of each model, in the order of its coefficients."""
 
 
-def predict_ms(features: Features, coefficients: Iterable[float]) -> float:
-    """Latency of `features` by `coefficients`, in the order of `COEFFICIENT_NAMES`."""
-    terms = zip(features.counts, SCALES, coefficients, strict=True)
-    return sum(count / scale * coefficient for count, scale, coefficient in terms)
+def term_counts(features: Features, terms: Iterable[Term]) -> list[float]:
+    """The features that `terms` price, in units of their prices."""
+    return [getattr(features, term.feature) / term.scale for term in terms]
 
 
-def dense_layer(inputs: int, weights: int, outputs: int, positions: int) -> Features:
-    """A convolution or linear layer without groups.
-
-    Args:
-        inputs: elements read.
-        weights: its weights; each is used once per output position.
-        outputs: elements written.
-        positions: output pixels or tokens.
-    """
-    traffic = inputs + outputs
-    if positions < STREAMING_POSITIONS:
-        return Features(streamed_weights=weights, traffic_elements=traffic)
-    return Features(dense_macs=weights * positions, traffic_elements=traffic)
-
-
-def component_features(component: Component) -> Features:
-    """Features of one component.
-
-    Raises:
-        TypeError: a spec without a rule.
-    """
-    spec, shape = component.spec, component.input
-    if isinstance(spec, ConvStem):
-        middle = shape.halved(spec.width // 2)
-        return _conv3x3(shape, middle) + _conv3x3(middle, component.output)
-    if isinstance(spec, Conv3x3):
-        return _conv3x3(shape, component.output)
-    if isinstance(spec, MB4D):
-        pool = Features(traffic_elements=2 * shape.channels * shape.positions)
-        return pool + _ffn(shape, spec.hidden(shape.channels))
-    if isinstance(spec, MB3D):
-        return _attention(shape, spec) + _ffn(shape, spec.hidden(shape.channels))
-    if isinstance(spec, LinearHead):
-        norm = Features(dynamic_norms=1)
-        return norm + _linear(shape.channels, spec.classes, tokens=1)  # both heads fold into one
-    raise TypeError(f"{type(spec).__name__} has no device-model rule; add one here")
-
-
-def network_features(architecture: Architecture) -> Features:
-    """Features of a whole network."""
-    total = Features(networks=1)
-    for component in walk(architecture):
-        total += component_features(component)
-    return total
+def predict_ms(features: Features, coefficients: Iterable[float], terms: tuple[Term, ...]) -> float:
+    """Latency of `features` by `coefficients`, in the order of `terms`."""
+    counts = term_counts(features, terms)
+    return sum(count * price for count, price in zip(counts, coefficients, strict=True))
 
 
 def envelope() -> Iterator[Component]:
@@ -155,32 +114,3 @@ def envelope() -> Iterator[Component]:
         for width in widths[-1]:
             last = FeatureShape(width, maps[-1], maps[-1])
             yield Component("head", "head", 3, LinearHead(classes=classes), last, logits)
-
-
-def _conv3x3(before: FeatureShape, after: FeatureShape) -> Features:
-    return dense_layer(
-        before.channels * before.positions,
-        9 * before.channels * after.channels,
-        after.channels * after.positions,
-        after.positions,
-    )
-
-
-def _linear(width_in: int, width_out: int, tokens: int) -> Features:
-    return dense_layer(width_in * tokens, width_in * width_out, width_out * tokens, tokens)
-
-
-def _ffn(shape: FeatureShape, hidden: int) -> Features:
-    first = _linear(shape.channels, hidden, shape.positions)
-    return first + _linear(hidden, shape.channels, shape.positions)
-
-
-def _attention(shape: FeatureShape, spec: MB3D) -> Features:
-    """Two layer norms (the FFN's too), qkv, scores, softmax, weighted values, projection."""
-    tokens, keys, values = shape.positions, spec.heads * spec.qk_dim, spec.heads * spec.v_dim
-    scores = spec.heads * tokens**2
-    products = (2 * keys * tokens + scores) + (scores + 2 * values * tokens)
-    large = scores if tokens > LARGE_ATTENTION_QUERIES else 0
-    mixing = Features(traffic_elements=products, dynamic_norms=3, large_attention_elements=large)
-    qkv = _linear(shape.channels, 2 * keys + values, tokens)
-    return mixing + qkv + _linear(values, shape.channels, tokens)

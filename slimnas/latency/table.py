@@ -89,7 +89,8 @@ class FitInfo(Spec):
     Attributes:
         model: which device model, a key of `slimnas.latency.device_model.MODELS`.
         peak_gmacs_per_s: stated peak rate of the chip; no multiply-add is priced below it.
-        prior: the table whose coefficients those of this one are held to; empty for none.
+        prior: the table whose coefficients, times one factor that makes them fit the points best,
+            those of this one are held to; empty for none.
         strength: how strongly. A coefficient twice its prior costs as much as one point off by
             the square root of this.
         held_to: the prior's coefficients.
