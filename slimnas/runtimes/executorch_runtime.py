@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import ClassVar
@@ -17,23 +13,10 @@ from torch import Tensor, nn
 from torch._export.verifier import SpecViolationError
 
 from slimnas.errors import ExportError, RuntimeUnavailableError
-from slimnas.runtimes.base import Array, Configured
+from slimnas.runtimes.base import Array, Configured, only_tensor
+from slimnas.runtimes.quiet import quiet
 
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what ExecuTorch and torchao warn about their own code."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-with _quiet():
+with quiet():
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
     from executorch.exir.error import ExportError as LoweringError
@@ -46,20 +29,22 @@ class ExecuTorchRuntime(Configured):
     """ExecuTorch with the XNNPACK delegate on exactly `threads` threads.
 
     ExecuTorch's thread pool belongs to the process, so that sessions that are open at the same
-    time run on the same number of threads.
+    time run on the same number of threads. A program takes and gives single precision whatever its
+    arithmetic; fp16 is for processors that have it (ARMv8.2 on).
     """
 
     library: ClassVar[str] = "executorch"
     version: ClassVar[str] = version("executorch")
+    dtypes: ClassVar[tuple[str, ...]] = ("fp32", "fp16", "int8")
     suffix: ClassVar[str] = ".pte"
 
     def export(self, module: nn.Module, example: Tensor) -> bytes:
-        """Lower `module` to an ExecuTorch program.
+        """Lower `module` to an ExecuTorch program; int8 takes the ranges from `example`.
 
         Raises:
             ExportError: an operator ExecuTorch has no form for.
         """
-        return executorch_bytes(module, example)
+        return executorch_bytes(module, example, dtype=self.dtype)
 
     def open(self, model: bytes) -> ExecuTorchSession:
         """Open an ExecuTorch program.
@@ -80,24 +65,47 @@ class ExecuTorchRuntime(Configured):
         return self.open(self.export(module, example))
 
 
-def executorch_bytes(module: nn.Module, example: Tensor) -> bytes:
+def executorch_bytes(module: nn.Module, example: Tensor, *, dtype: str = "fp32") -> bytes:
     """Serialise `module` in evaluation mode as an ExecuTorch program, delegated to XNNPACK.
 
     Args:
         module: a module with one tensor in and one out; it is not changed.
         example: an input of the shape the program will take.
+        dtype: arithmetic, one of the runtime's.
 
     Raises:
         ExportError: an operator ExecuTorch has no form for.
     """
     try:
-        with _quiet():
-            exported = torch.export.export(copy.deepcopy(module).eval(), (example,))
+        with quiet():
+            inside = _in_dtype(copy.deepcopy(module).eval(), example, dtype)
+            exported = torch.export.export(inside, (example,))
             lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
             return bytes(lowered.to_executorch().buffer)
     except (RuntimeError, SpecViolationError, LoweringError, InternalError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"ExecuTorch export failed: {reason}") from error
+
+
+def _in_dtype(module: nn.Module, example: Tensor, dtype: str) -> nn.Module:
+    if dtype == "fp16":
+        return _HalfInside(module.half())
+    if dtype == "int8":
+        from slimnas.runtimes.executorch_int8 import int8_module  # imports seconds of libraries
+
+        return int8_module(module, example)
+    return module
+
+
+class _HalfInside(nn.Module):
+    """A module in half precision with single precision outside."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return only_tensor(self.module(x.half())).float()
 
 
 class ExecuTorchSession:

@@ -18,19 +18,23 @@ _ONLY_ERRORS = 3
 
 @dataclass(frozen=True)
 class OnnxRuntime(Configured):
-    """ONNX Runtime's CPU provider with all graph optimisations, on exactly `threads` threads."""
+    """ONNX Runtime's CPU provider with all graph optimisations, on exactly `threads` threads.
+
+    No fp16 and bf16: the provider lacks kernels for most operators and computes those in fp32.
+    """
 
     library: ClassVar[str] = "onnxruntime"
     version: ClassVar[str] = str(onnxruntime.__version__)
+    dtypes: ClassVar[tuple[str, ...]] = ("fp32", "int8")
     suffix: ClassVar[str] = ".onnx"
 
     def export(self, module: nn.Module, example: Tensor) -> bytes:
-        """Serialise `module` as an ONNX model.
+        """Serialise `module` as an ONNX model; int8 takes the ranges of its maps from `example`.
 
         Raises:
             ExportError: an operator ONNX has no form for.
         """
-        return onnx_bytes(module, example)
+        return onnx_model(module, example, self.dtype)
 
     def open(self, model: bytes) -> OnnxSession:
         """Open an ONNX model.
@@ -47,6 +51,19 @@ class OnnxRuntime(Configured):
             ExportError: an operator ONNX has no form for.
         """
         return self.open(self.export(module, example))
+
+
+def onnx_model(module: nn.Module, example: Tensor, dtype: str) -> bytes:
+    """Serialise `module` as an ONNX model, of 8-bit integers if `dtype` is int8.
+
+    Raises:
+        ExportError: an operator ONNX has no form for.
+    """
+    if dtype != "int8":
+        return onnx_bytes(module, example)
+    from slimnas.runtimes.onnx_int8 import int8_onnx_bytes  # imports seconds of libraries
+
+    return int8_onnx_bytes(module, example)
 
 
 class OnnxSession:
