@@ -49,6 +49,9 @@ COMMANDS = {
     "slimnas latency list": "--json",
     "slimnas latency show": "--json --rows DEVICE",
     "slimnas latency estimate": "--device --extrapolate --json ARCHITECTURE",
+    "slimnas latency validate": (
+        "--clock --device --force --json --model --networks --output --seed --space"
+    ),
     "slimnas zoo": "",
     "slimnas zoo list": "--json --zoo",
     "slimnas zoo show": "--json --zoo MODEL",

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 import pytest
 from measure_fakes import small_space
 
-from slimnas.latency import DeviceInfo, LatencyTable, PriceKey, PriceRow, price_keys
+from slimnas.cli.main import main
+from slimnas.latency import (
+    DeviceInfo,
+    LatencyTable,
+    PriceKey,
+    PriceRow,
+    find_device,
+    price_keys,
+)
 from slimnas.latency.regime import StageRegime, regimes
 from slimnas.latency.spaces import space_components
 from slimnas.latency.table import RuntimeInfo
@@ -140,3 +149,14 @@ def test_space_numbers_its_stages_and_sets_the_range() -> None:
     ]
     assert [one.elasticity for one in found] == pytest.approx([1.0, 2.0, 2.0])
     assert found[0].sentence.startswith("stage 1 at 16x16, mb4d: price grows 3.0x from 16 to 48")
+
+
+def test_show_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    sentences = [one.sentence for one in regimes(find_device("iphone12"))]
+    assert len(sentences) == 6
+    assert main(["latency", "show", "iphone12"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if line in sentences] == sentences
+    assert main(["latency", "show", "iphone12", "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert [one["sentence"] for one in body["regimes"]] == sentences

@@ -165,9 +165,10 @@ def _lines(found: Validation) -> list[str]:
         lines.append(
             f"measured again in new sessions they differ by {found.repeat_percent:.2f} % on average"
         )
+    change = "slower" if found.pace >= 1 else "faster"
     lines.append(
-        f"the reference network takes {100 * (found.pace - 1):+.1f} % of its time during the "
-        "build, which measurements are corrected for; without that: mean error "
+        f"the machine is {100 * abs(found.pace - 1):.1f} % {change} than during the build by the "
+        "reference network, for which measurements are corrected; without that: mean error "
         f"{found.unscaled.mape_percent:.2f} %"
     )
     return lines

@@ -154,7 +154,9 @@ def _legend(table: LatencyTable) -> list[Line2D | Patch]:
     return [
         Line2D([], [], color=ink("edge"), lw=1.0, label="predicted = measured"),
         *(
-            Patch(color=ink("grid"), alpha=strength, lw=0, label=f"within {percent} %")
+            Patch(
+                fc=ink("grid"), ec=ink("edge"), alpha=strength, lw=0.5, label=f"within {percent} %"
+            )
             for percent, strength in reversed(BANDS)
         ),
         Line2D([], [], color=ink("mb4d"), marker="o", label=f"its {bar} holds", **point),
