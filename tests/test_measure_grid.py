@@ -9,7 +9,9 @@ from measure_fakes import small_space
 
 from slimnas.arch.space import SearchSpace
 from slimnas.latency.keys import PriceKey
+from slimnas.latency.rows import PriceRow
 from slimnas.measure.grid import TOLERANCE, Lines, WidthGrid
+from slimnas.measure.monotone import falling
 from slimnas.measure.scope import SpaceScope
 
 WIDE = SpaceScope(SearchSpace.load("efficientformer_small"))
@@ -84,3 +86,20 @@ def test_small_space_is_timed_at_every_width() -> None:
     grid = SpaceScope(small_space()).grid()
     assert grid.finer(grid.coarse(), lambda _: (1.0, 0.0)) == grid.coarse()
     assert axes(grid.coarse(), "stem") == [(16, 32, 48)]
+
+
+def test_rows_cheaper_than_narrower_ones_are_named() -> None:
+    def row(width: int, ms: float, spread_ms: float = 0.001) -> PriceRow:
+        key = PriceKey("block", "mb4d", (("ffn_dim", 4 * width),), "7x7", width, width)
+        return PriceRow(key, ms, spread_ms, 12, "fitted")
+
+    rising = [row(16, 1.0), row(32, 1.1), row(48, 1.2)]
+    assert falling(rising) == ()
+    rows = [row(16, 1.0), row(32, 0.9), row(48, 0.95)]
+    assert falling(rows) == ((rows[0].key, rows[1].key),)
+    assert falling([row(16, 1.0, 0.1), row(32, 0.9, 0.1)]) == ()
+    pair = [
+        PriceRow(PriceKey("downsample", "conv3x3", (), "14x14", a, b), ms, 0.0, 4, "fitted")
+        for a, b, ms in ((16, 32, 2.0), (32, 16, 1.0), (32, 32, 1.5))
+    ]
+    assert falling(pair) == ((pair[0].key, pair[2].key),)  # the other two cannot be compared

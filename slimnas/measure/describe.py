@@ -91,7 +91,7 @@ def device_info(
     protocol = Protocol.from_dict(found["protocol"])
     return DeviceInfo(
         name=name,
-        device=f"{machine['architecture']} machine with {machine['cores']} cores",
+        device=f"{machine['architecture']} machine, {machine['cores']} core(s) in use",
         soc=machine["cpu"],
         os=machine["system"],
         runtime=RuntimeInfo(name=runtime["name"], version=runtime["version"]),

@@ -19,6 +19,7 @@ from slimnas.latency.rows import DIGITS, PriceRow
 from slimnas.latency.table import DeviceInfo, ErrorFigure, IntervalInfo, LatencyTable, RuntimeInfo
 from slimnas.measure.calibrate import Calibration, NetworkTiming, calibrate
 from slimnas.measure.journal import Visit
+from slimnas.measure.monotone import falling
 from slimnas.measure.plan import Entry, Plan, network_entry
 from slimnas.measure.timing import Round
 
@@ -191,7 +192,7 @@ def make_table(
         update={
             "errors": tuple(errors),
             "interval": interval([*checks, *left_out]),
-            "notes": (*device.notes, *_notes(plan, found, fit)),
+            "notes": (*device.notes, *_notes(plan, found, fit, rows)),
         }
     )
     return LatencyTable(stated, rows), covered
@@ -287,7 +288,12 @@ def _percentage(hits: Iterable[bool]) -> float:
     return round(100 * fmean(map(float, hits)), 3)
 
 
-def _notes(plan: Plan, found: Mapping[str, Timing], fit: Calibration | None) -> list[str]:
+def _notes(
+    plan: Plan,
+    found: Mapping[str, Timing],
+    fit: Calibration | None,
+    rows: Iterable[PriceRow],
+) -> list[str]:
     notes = []
     if fit is not None:
         notes.append(
@@ -297,6 +303,9 @@ def _notes(plan: Plan, found: Mapping[str, Timing], fit: Calibration | None) -> 
     lost = [entry.name for entry in plan.components if found[entry.name].latency_ms <= 0]
     if lost:
         notes.append(f"lost in noise, priced at the standard error: {', '.join(lost)}")
+    cheaper = [f"{wide} below {narrow}" for narrow, wide in falling(rows)]
+    if cheaper:
+        notes.append(f"cheaper than narrower ones, beyond their errors: {', '.join(cheaper)}")
     return notes
 
 
