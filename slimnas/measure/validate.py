@@ -27,7 +27,7 @@ from slimnas.measure.networks import Loader, runtime_loader
 from slimnas.measure.plan import Entry, network_entry
 from slimnas.measure.results import Check, error_figure, timings, usual_pace
 from slimnas.measure.scope import Parts, Scope
-from slimnas.measure.timing import Clocks, Protocol, Stopwatch
+from slimnas.measure.timing import WINDOW, Clocks, Protocol, Stopwatch
 from slimnas.runtimes.base import Runtime
 
 JOURNAL_FILE = "journal.jsonl"
@@ -299,7 +299,11 @@ def time_entries(
     planned = len(journal.visits) + len(missing)
     if missing:
         stopwatch = Stopwatch(protocol, load(reference), clocks or Clocks())
-        stopwatch.prime()
+        earlier = [
+            ms for visit in journal.visits for one in visit.rounds for ms in one.reference_ms
+        ]
+        # a full window: a slow moment right at the start must not pass for the usual pace
+        stopwatch.prime(earlier, visits=WINDOW)
     for number, entry in missing:
         if progress is not None:
             progress(len(journal.visits), planned, entry.name)
