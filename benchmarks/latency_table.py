@@ -52,7 +52,7 @@ from slimnas.latency.keys import price_key
 from slimnas.latency.rows import PriceRow
 from slimnas.latency.spaces import space_components
 from slimnas.latency.table import DEVICE_FILE, LatencyTable
-from slimnas.measure.build import SAMPLES_FILE, BuildJob, Progress, build_table
+from slimnas.measure.build import SAMPLES_FILE, BuildJob, build_table
 from slimnas.measure.calibrate import NetworkTiming
 from slimnas.measure.journal import Journal, read_journal
 from slimnas.measure.machine import load_average, this_machine
@@ -72,10 +72,9 @@ from slimnas.measure.validate import (
     BuildRecord,
     ValidateJob,
     Validation,
-    loading,
-    time_entries,
     validate_table,
 )
+from slimnas.measure.visits import Progress, in_passes, open_bench
 from slimnas.runtimes.base import Runtime
 from slimnas.runtimes.registry import get_runtime
 
@@ -176,12 +175,13 @@ def alone_stage(settings: Settings, runtime: Runtime, folder: Path, built: Built
     ]
     protocol = replace(built.record.protocol, seed=settings.seed)
     header = {"parts": "alone", **settings.scope.identity, "protocol": protocol.to_dict()}
-    with folder_lock(folder / "alone"), loading(runtime) as load:
+    with (
+        folder_lock(folder / "alone"),
+        open_bench(runtime, protocol, built.plan.reference) as bench,
+    ):
         journal = Journal(folder / "alone" / "journal.jsonl", header)
-        reference = built.plan.reference
-        time_entries(
-            entries, journal, protocol, load, reference=reference, progress=progress("parts alone")
-        )
+        wanted = in_passes(entries, protocol, journal.visits)
+        bench.make(wanted, journal.visits, journal.append, progress("parts alone"))
     found = timings(entries, journal.visits)
     now_ms = usual_pace(one for visit in journal.visits for one in visit.rounds)
     scale = built.record.reference_ms / now_ms

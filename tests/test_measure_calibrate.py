@@ -16,12 +16,12 @@ from slimnas.arch.walk import Component, walk
 from slimnas.errors import MissingLatencyError
 from slimnas.latency import OVERHEAD, LatencyTable, estimate, latency_ms, price_key
 from slimnas.measure import calibrate as calibrate_module
-from slimnas.measure.build import time_networks
 from slimnas.measure.calibrate import NetworkTiming, _Problem, calibrate, calibrated, row_shares
 from slimnas.measure.plan import make_plan
 from slimnas.measure.results import Timing, make_prior
 from slimnas.measure.scope import SpaceScope
 from slimnas.measure.timing import Protocol
+from slimnas.measure.visits import time_networks
 
 SPACE = small_space()
 Truth = Callable[[Component], float]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +20,7 @@ from slimnas.cli.main import app
 from slimnas.errors import LatencyTableError, RunFolderError, SlimnasError
 from slimnas.latency import LatencyTable, estimate
 from slimnas.latency.table import DeviceInfo, IntervalInfo
-from slimnas.measure import validate as validate_module
+from slimnas.measure import visits as visits_module
 from slimnas.measure.build import SAMPLES_FILE, BuildJob, build_table
 from slimnas.measure.networks import Loader
 from slimnas.measure.plan import network_entry
@@ -296,16 +294,16 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     """The command runs on a simulated machine."""
     machine = FakeMachine(noise=0.01)
 
-    @contextlib.contextmanager
-    def loading(runtime: object, *, batch: int = 1) -> Iterator[Loader]:
-        assert batch == 1
-        yield machine.loader
-
     def runtime(name: str, **_: object) -> FakeRuntime:
         return FakeRuntime(name=name)
 
-    monkeypatch.setattr(validate_module, "loading", loading)
-    monkeypatch.setattr(validate_module, "Clocks", lambda: machine.clocks)
+    def loader(runtime: object, *, batch: int, exports: object) -> Loader:
+        assert (batch, exports) == (1, None)
+        return machine.loader
+
+    monkeypatch.setattr(visits_module, "runtime_loader", loader)
+    monkeypatch.setattr(visits_module, "Clocks", lambda wall: machine.clocks)
+    monkeypatch.setattr(visits_module, "clock_of", lambda runtime: None)
     monkeypatch.setattr("slimnas.runtimes.registry.get_runtime", runtime)
     return machine
 
@@ -343,6 +341,6 @@ def test_command_refuses_in_one_line(folder: Path, tmp_path: Path, simulated: Fa
     blocked = tmp_path / "file"
     blocked.write_text("")
     words[-1] = str(blocked / "below")
-    with pytest.raises(RunFolderError):
+    with pytest.raises(RunFolderError, match="cannot be written"):
         CliRunner().invoke(app, words, catch_exceptions=False)
     assert simulated.loads == 0

@@ -13,9 +13,10 @@ import typer
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 
 if TYPE_CHECKING:
-    from slimnas.measure.build import BuiltShard, BuiltTable, Progress
+    from slimnas.measure.build import BuiltShard, BuiltTable
     from slimnas.measure.schedule import Shard
     from slimnas.measure.scope import Scope
+    from slimnas.measure.visits import Progress
 
 
 DEFAULT_SPACE = "efficientformer_tiny"

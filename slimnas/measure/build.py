@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import random
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -15,30 +13,22 @@ from typing import Any
 
 from slimnas._files import atomic_write_bytes
 from slimnas._lock import folder_lock
-from slimnas.arch.architecture import Architecture
 from slimnas.errors import LatencyTableError
 from slimnas.latency.devices import known_devices
 from slimnas.latency.table import DEVICE_FILE, LatencyTable
-from slimnas.measure.calibrate import NetworkTiming
 from slimnas.measure.describe import device_info, header
 from slimnas.measure.journal import Journal, Visit
-from slimnas.measure.machine import load_average, pinned, temperature_celsius
-from slimnas.measure.networks import Loader, runtime_loader
-from slimnas.measure.plan import Entry, network_entry
-from slimnas.measure.results import Check, make_table, network_timings, timings, usual_pace
+from slimnas.measure.networks import Loader
+from slimnas.measure.results import Check, make_table, timings
 from slimnas.measure.schedule import Networks, Schedule, Shard
-from slimnas.measure.scope import Parts, Scope
+from slimnas.measure.scope import Scope
 from slimnas.measure.summary import write_summary
-from slimnas.measure.timing import BUSY, Clocks, Protocol, Stopwatch
-from slimnas.runtimes.base import FileRuntime, Runtime, clock_of
+from slimnas.measure.timing import Clocks, Protocol
+from slimnas.measure.visits import Progress, open_bench
+from slimnas.runtimes.base import Runtime
 
 JOURNAL_FILE = "journal.jsonl"
 SAMPLES_FILE = "samples.jsonl.gz"
-SLOW_EXPORTS = ("executorch", "coreml")
-"""Runtimes whose files are worth keeping from one pass to the next: seconds per block."""
-
-Progress = Callable[[int, int, str], None]
-"""Called with visits done, visits planned as far as is known, and what is timed next."""
 
 
 @dataclass(frozen=True)
@@ -173,54 +163,6 @@ def finish_table(
     return table, checks
 
 
-def time_networks(
-    architectures: Sequence[Architecture],
-    runtime: Runtime,
-    protocol: Protocol,
-    *,
-    reference: Parts,
-    batch: int = 1,
-    loader: Loader | None = None,
-    clocks: Clocks | None = None,
-    progress: Progress | None = None,
-) -> tuple[tuple[NetworkTiming, ...], float]:
-    """Time whole networks by the protocol, interleaved with a reference network.
-
-    Args:
-        architectures: different networks.
-        runtime: what runs them.
-        protocol: how often and how long.
-        reference: the network timed around every round.
-        batch: images per call.
-        loader, clocks, progress: as in `build_table`.
-
-    Returns:
-        Their timings in the same order, and the reference's latency in milliseconds meanwhile.
-
-    Raises:
-        LatencyTableError: the machine is too busy, or the runtime uses too many threads.
-    """
-    entries = [network_entry(one) for one in architectures]
-    visits: list[Visit] = []
-    with pinned(runtime.threads), tempfile.TemporaryDirectory() as folder:
-        load = loader or runtime_loader(runtime, batch=batch, exports=_exports(runtime, folder))
-        stopwatch = _stopwatch(
-            protocol, runtime, load, reference, clocks or Clocks(wall=clock_of(runtime)), ()
-        )
-        for number in range(protocol.passes):
-            order = list(entries)
-            random.Random(f"{protocol.seed} {number}").shuffle(order)
-            for entry in order:
-                if progress is not None:
-                    progress(len(visits), protocol.passes * len(entries), entry.name)
-                visits.append(_visit(stopwatch, load, protocol, number, entry))
-    if progress is not None:
-        progress(len(visits), len(visits), "done")
-    found = timings(entries, visits)
-    pace_ms = usual_pace(one for visit in visits for one in visit.rounds)
-    return network_timings(architectures, found), pace_ms
-
-
 @contextlib.contextmanager
 def _journal(job: BuildJob, runtime: Runtime) -> Iterator[Journal]:
     """The journal of a build in its locked folder."""
@@ -249,60 +191,17 @@ def _time_all(
 ) -> Schedule:
     """Make the visits the journal lacks; returns the schedule, its plan complete."""
     schedule = Schedule(job.scope, job.protocol, job.networks, job.shard)
-    stopwatch = None
-    with pinned(runtime.threads), tempfile.TemporaryDirectory() as folder:
-        exports = _exports(runtime, folder)
-        load = loader or runtime_loader(runtime, batch=job.batch, exports=exports)
-        for number, entry, planned in schedule.missing(journal.visits):
-            if stopwatch is None:
-                stopwatch = _stopwatch(
-                    job.protocol,
-                    runtime,
-                    load,
-                    schedule.plan.reference,
-                    clocks or Clocks(wall=clock_of(runtime)),
-                    [ms for v in journal.visits for one in v.rounds for ms in one.reference_ms],
-                )
-            if progress is not None:
-                progress(len(journal.visits), planned, entry.name)
-            journal.append(_visit(stopwatch, load, job.protocol, number, entry))
-    if progress is not None:
-        progress(len(journal.visits), len(journal.visits), "done")
+    with open_bench(
+        runtime,
+        job.protocol,
+        schedule.plan.reference,
+        batch=job.batch,
+        loader=loader,
+        clocks=clocks,
+    ) as bench:
+        wanted = schedule.missing(journal.visits)
+        bench.make(wanted, journal.visits, journal.append, progress)
     return schedule
-
-
-def _exports(runtime: Runtime, folder: str) -> Path | None:
-    """Where exported files are kept during a build; nowhere if the runtime exports fast."""
-    slow = isinstance(runtime, FileRuntime) and runtime.name.partition("[")[0] in SLOW_EXPORTS
-    return Path(folder) if slow else None
-
-
-def _stopwatch(
-    protocol: Protocol,
-    runtime: Runtime,
-    load: Loader,
-    reference: Parts,
-    clocks: Clocks,
-    paces_ms: Sequence[float],
-) -> Stopwatch:
-    stopwatch = Stopwatch(protocol, load(reference), clocks)
-    busy = stopwatch.busy_threads()
-    if busy > BUSY * runtime.threads and runtime.compute_unit == "cpu":
-        raise LatencyTableError(
-            f"the runtime must stay on the {runtime.threads} thread(s) it was given, {busy:.1f} "
-            "are busy; set OMP_NUM_THREADS to the number of threads"
-        )
-    stopwatch.prime(paces_ms)
-    return stopwatch
-
-
-def _visit(
-    stopwatch: Stopwatch, load: Loader, protocol: Protocol, number: int, entry: Entry
-) -> Visit:
-    calls = [load(term.parts) for term in entry.terms]
-    rng = random.Random(f"{protocol.seed} {number} {entry.name}")
-    rounds = stopwatch.rounds(calls, name=entry.name, rng=rng)
-    return Visit(entry.name, number, rounds, load_average(), temperature_celsius())
 
 
 def refuse_taken(output: Path, *, force: bool) -> None:

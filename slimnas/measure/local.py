@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.space import SearchSpace
 from slimnas.latency.table import LatencyTable
-from slimnas.measure.build import SAMPLES_FILE, time_networks
+from slimnas.measure.build import SAMPLES_FILE
 from slimnas.measure.calibrate import NetworkTiming
 from slimnas.measure.machine import this_machine
 from slimnas.measure.networks import Loader
 from slimnas.measure.scope import Parts, Scope, SpaceScope
 from slimnas.measure.timing import Clocks, Protocol
 from slimnas.measure.validate import BuildRecord, require_measured_here, require_same_runtime
+from slimnas.measure.visits import time_networks
 from slimnas.runtimes.base import Runtime
 from slimnas.runtimes.registry import get_runtime
+
+PASSES = 4
+"""Times a network is loaded and timed anew, at least: where it comes to lie in memory shows, and one
+network has no others to average that out."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class LocalDevice:
 
     Attributes:
         runtime: the table's.
-        protocol: the table's.
+        protocol: the table's, with `PASSES` at least.
         reference: the network timed around every round.
         batch: images per call.
         loader: makes networks ready to run; by default `runtime` does.
@@ -104,6 +109,7 @@ def open_local(table: LatencyTable, space: SearchSpace) -> LocalDevice:
     require_same_runtime(table, runtime)
     protocol, scope = _recorded(table) or (_described(device.protocol), SpaceScope(space))
     reference = scope.reference(random.Random(protocol.seed))
+    protocol = replace(protocol, passes=max(protocol.passes, PASSES))
     return LocalDevice(runtime, protocol, reference, device.batch)
 
 

@@ -23,6 +23,7 @@ from slimnas.measure.plan import Entry, entries_for, make_plan, network_entry
 from slimnas.measure.results import Timing, make_prior, network_timings, timings
 from slimnas.measure.scope import Scope
 from slimnas.measure.timing import Protocol
+from slimnas.measure.visits import Wanted
 
 FIRST_BATCH = 20
 """Calibration networks that are timed before the first look at the error."""
@@ -35,9 +36,6 @@ BETTER = 0.05
 
 NOTICEABLE = 0.003
 """Errors of a component below this share of a network's latency are not worth a visit."""
-
-Wanted = tuple[int, Entry, int]
-"""Pass, entry, and visits planned as far as is known."""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import random
-import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,15 +17,16 @@ from slimnas.errors import LatencyTableError
 from slimnas.latency.estimate import estimate
 from slimnas.latency.rows import rows_to_csv
 from slimnas.latency.table import ErrorFigure, LatencyTable
-from slimnas.measure.build import SAMPLES_FILE, SLOW_EXPORTS, Progress
+from slimnas.measure.build import SAMPLES_FILE
 from slimnas.measure.describe import scope_of
 from slimnas.measure.journal import Journal, Visit, read_journal
-from slimnas.measure.machine import pinned, this_machine
-from slimnas.measure.networks import Loader, runtime_loader
-from slimnas.measure.plan import Entry, network_entry
+from slimnas.measure.machine import this_machine
+from slimnas.measure.networks import Loader
+from slimnas.measure.plan import network_entry
 from slimnas.measure.results import Check, error_figure, timings, usual_pace
-from slimnas.measure.scope import Parts, Scope
-from slimnas.measure.timing import WINDOW, Clocks, Protocol, Stopwatch
+from slimnas.measure.scope import Scope
+from slimnas.measure.timing import Clocks, Protocol
+from slimnas.measure.visits import Progress, in_passes, open_bench
 from slimnas.runtimes.base import Runtime
 
 JOURNAL_FILE = "journal.jsonl"
@@ -213,17 +212,18 @@ def validate_table(
             path.unlink(missing_ok=True)
         journal = Journal(path, _header(job, runtime))
         resumed = len(journal.visits)
-        with loading(runtime, batch=job.table.device.batch) as load:
-            time_entries(
-                [network_entry(one) for one in networks],
-                journal,
-                job.protocol,
-                loader or load,
-                # the build's, so that measurements can be brought to its pace
-                reference=job.scope.reference(random.Random(job.record.protocol.seed)),
-                clocks=clocks,
-                progress=progress,
-            )
+        entries = [network_entry(one) for one in networks]
+        with open_bench(
+            runtime,
+            job.protocol,
+            # the build's, so that measurements can be brought to its pace
+            job.scope.reference(random.Random(job.record.protocol.seed)),
+            batch=job.table.device.batch,
+            loader=loader,
+            clocks=clocks,
+        ) as bench:
+            wanted = in_passes(entries, job.protocol, journal.visits)
+            bench.make(wanted, journal.visits, journal.append, progress)
     return _validation(job, networks, journal.visits, resumed)
 
 
@@ -255,76 +255,6 @@ def fresh_networks(
             "validate on"
         )
     return tuple(found.values())
-
-
-@contextlib.contextmanager
-def loading(runtime: Runtime, *, batch: int = 1) -> Iterator[Loader]:
-    """Pin this thread as `runtime` needs it and yield what loads networks into it.
-
-    Files of runtimes that export slowly are kept until the end.
-    """
-    slow = runtime.name.partition("[")[0] in SLOW_EXPORTS
-    with pinned(runtime.threads), tempfile.TemporaryDirectory() as folder:
-        yield runtime_loader(runtime, batch=batch, exports=Path(folder) if slow else None)
-
-
-def time_entries(
-    entries: Sequence[Entry],
-    journal: Journal,
-    protocol: Protocol,
-    load: Loader,
-    *,
-    reference: Parts,
-    clocks: Clocks | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Make the visits to `entries` that a journal lacks.
-
-    Every pass visits all of them in another order, in newly loaded networks.
-
-    Args:
-        entries: what to time.
-        journal: where the visits are kept.
-        protocol: how; of the passes the regular ones.
-        load: makes networks ready to run.
-        reference: the network timed around every round.
-        clocks: what tells the time.
-        progress: is told about every visit.
-
-    Raises:
-        LatencyTableError: the machine is too busy.
-        RunFolderError: the journal cannot be written.
-    """
-    missing = _missing(entries, journal, protocol)
-    planned = len(journal.visits) + len(missing)
-    if missing:
-        stopwatch = Stopwatch(protocol, load(reference), clocks or Clocks())
-        earlier = [
-            ms for visit in journal.visits for one in visit.rounds for ms in one.reference_ms
-        ]
-        # a full window: a slow moment right at the start must not pass for the usual pace
-        stopwatch.prime(earlier, visits=WINDOW)
-    for number, entry in missing:
-        if progress is not None:
-            progress(len(journal.visits), planned, entry.name)
-        calls = [load(term.parts) for term in entry.terms]
-        rng = random.Random(f"{protocol.seed} {number} {entry.name}")
-        journal.append(Visit(entry.name, number, stopwatch.rounds(calls, name=entry.name, rng=rng)))
-    if progress is not None:
-        progress(planned, planned, "done")
-
-
-def _missing(
-    entries: Sequence[Entry], journal: Journal, protocol: Protocol
-) -> list[tuple[int, Entry]]:
-    """Pass and entry of every visit to come."""
-    done = {(visit.number, visit.entry) for visit in journal.visits}
-    missing: list[tuple[int, Entry]] = []
-    for number in range(protocol.passes):
-        order = list(entries)
-        random.Random(f"{protocol.seed} {number}").shuffle(order)
-        missing += [(number, entry) for entry in order if (number, entry.name) not in done]
-    return missing
 
 
 def _validation(
