@@ -108,6 +108,10 @@ class CoreMLBackend:
     def unload(self, file: Mapping[str, Any]) -> None:
         """Nothing is held: Core ML lets go of a network that nobody refers to."""
 
+    def close(self) -> None:
+        """Let go of the event loop."""
+        self._loop.close()
+
     def _count(self, first_ms: float) -> int:
         if self._device is not None:
             return REMOTE_SAMPLES
@@ -281,7 +285,10 @@ def time_on(kit: Kit, given: argparse.Namespace, tools: Any) -> None:
             folder=Path(folder),
             pause_s=given.pause,
         )
-        time_all(kit, backend, results, protocol, given.shard)
+        try:
+            time_all(kit, backend, results, protocol, given.shard)
+        finally:
+            backend.close()
     results.append({"finished": session()["session"]})
     say(f"\ndone: send {output} back")
 

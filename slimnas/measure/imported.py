@@ -116,7 +116,7 @@ def import_results(job: ImportJob) -> BuiltTable:
     try:
         table, checks = make_table(plan, timed, _device(job, found, plan))
     except LatencyTableError as error:
-        reason = str(error).partition(";")[0]
+        reason = str(error).partition("; ")[0]
         raise LatencyTableError(
             f"{paths[0]}: {reason}: the times are too noisy; take more of them, on a device that "
             "is left alone"
