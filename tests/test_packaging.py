@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DATA = {
     "search_spaces": ["*.yaml"],
-    "lookup_tables": ["*/*.yaml", "*/*.csv"],
+    "lookup_tables": ["*/*.yaml", "*/*.csv", "NOTICE.md"],
     "kit_runners": ["*.py", "*.md"],
 }
 INSIDE = {

@@ -95,7 +95,7 @@ def _fit_info(model: Model | None, prior: str | None, strength: float) -> FitInf
         )
     if model is not None and model.value != held.fit.model:
         raise LatencyTableError(
-            f"--prior {prior}: is a {held.fit.model} model, --model asks for {model.value}"
+            f"--prior {prior}: its model is {held.fit.model}, --model asks for {model.value}"
         )
     return FitInfo(model=held.fit.model, prior=held.name, strength=strength, held_to=held.model)
 

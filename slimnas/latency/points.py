@@ -137,7 +137,8 @@ def points_to_csv(points: Iterable[Point]) -> str:
             point.features.counts if point.features else ("",) * len(FEATURE_NAMES)
         )
         head = (point.name, point.model, point.resolution, *counts)
-        how = (f"{point.latency_ms:.9g}", f"{point.weight:g}", point.tag, point.source)
+        exact = repr(point.latency_ms).removesuffix(".0")
+        how = (exact, f"{point.weight:g}", point.tag, point.source)
         writer.writerow((*head, *how, "yes" if point.used else "no", point.why_not))
     return text.getvalue()
 
