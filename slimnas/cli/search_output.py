@@ -218,9 +218,9 @@ def print_result(inputs: SearchInputs, result: SearchResult, folder: Path, page:
         highlight=False,
     )
     for line in _measuring_lines(result):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     for regime in regimes(inputs.table, result.space):
-        console.print(regime.sentence, highlight=False)
+        console.print(regime.sentence, highlight=False, soft_wrap=True)
     console.print(f"supernet digest {result.trained.digest[:16]}", highlight=False)
     for path in (page, *(Path(name) for name in _files(folder, result))):
         typer.echo(shown_path(path))

@@ -23,8 +23,8 @@ from slimnas.runtimes.base import Runtime
 from slimnas.runtimes.registry import get_runtime
 
 PASSES = 4
-"""Times a network is loaded and timed anew, at least: where it comes to lie in memory shows, and one
-network has no others to average that out."""
+"""Times a network is loaded and timed anew, at least: where it comes to lie in memory shows, and
+one network has no others to average that out."""
 
 
 @dataclass(frozen=True)
