@@ -5,7 +5,6 @@ The contract runs over every runtime whose library is installed; `.[test]` lacks
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ import onnxruntime
 import psutil
 import pytest
 import torch
+from runtime_cases import MIXED, RUNNING, SWIN, VIT, image_of, logits, network_of
 from torch import Tensor, nn
 
-from slimnas.arch.architecture import Architecture
 from slimnas.errors import ExportError, RunFolderError, RuntimeUnavailableError
-from slimnas.nn.build import Network, build
+from slimnas.nn.build import Network
 from slimnas.nn.efficientformer import MB4D
 from slimnas.nn.fold import fold
 from slimnas.runtimes.onnx_export import export_onnx
@@ -28,7 +27,7 @@ from slimnas.runtimes.registry import EXPORTERS, RUNTIMES, get_exporter, get_run
 from slimnas.runtimes.torch_runtime import TorchRuntime
 from slimnas.zoo.export import FILE_SUFFIXES, export_network
 
-INSTALLED = [name for name in RUNTIMES if importlib.util.find_spec(name)]
+INSTALLED = RUNNING
 ALL = [
     pytest.param(name, marks=pytest.mark.skipif(name not in INSTALLED, reason=f"no {name} here"))
     for name in RUNTIMES
@@ -36,59 +35,8 @@ ALL = [
 BESIDES_ONNX = [  # formats that are called like their runtimes
     pytest.param(name, marks=pytest.mark.skipif(name not in INSTALLED, reason=f"no {name} here"))
     for name in EXPORTERS
-    if name != "onnx"
+    if name not in ("onnx", "coreml")  # which has a file of its own
 ]
-ATTENTION = {"type": "mb3d", "heads": 2, "qk_dim": 4, "v_dim": 6}
-VIT = {
-    "input": {"resolution": [32, 24]},
-    "stem": {"type": "vit_stem", "width": 24, "patch": 8, "distilled": True},
-    "stages": [
-        {
-            "width": 24,
-            "blocks": [
-                {"type": "vit", "heads": 3, "qk_dim": 4, "v_dim": 7, "ffn_dim": 31},
-                {"type": "vit", "heads": 0, "qk_dim": 0, "v_dim": 0, "ffn_dim": 9},
-                {"type": "vit", "heads": 1, "qk_dim": 5, "v_dim": 2, "ffn_dim": 0},
-            ],
-        }
-    ],
-    "head": {"type": "token", "classes": 5, "distilled": True},
-}
-SHIFTED = {"type": "swin", "window": 4, "shift": 2}
-SWIN = {
-    "input": {"resolution": [40, 24]},
-    "stem": {"type": "swin_stem", "width": 12, "patch": 4},
-    "stages": [
-        {
-            "width": 12,
-            "blocks": [
-                {**SHIFTED, "shift": 0, "heads": 3, "qk_dim": 2, "v_dim": 5, "ffn_dim": 7},
-                {**SHIFTED, "heads": 2, "qk_dim": 4, "v_dim": 1, "ffn_dim": 0},
-            ],
-        },
-        {
-            "width": 24,
-            "downsample": {"type": "patch_merging"},
-            "blocks": [
-                {**SHIFTED, "heads": 0, "qk_dim": 0, "v_dim": 0, "ffn_dim": 9},
-                {**SHIFTED, "shift": 1, "heads": 1, "qk_dim": 3, "v_dim": 8, "ffn_dim": 5},
-            ],
-        },
-    ],
-    "head": {"type": "linear", "classes": 5},
-}
-MIXED = {
-    "stem": {"type": "conv_stem", "width": 8},
-    "stages": [
-        {"width": 8, "blocks": [{"type": "mb4d"}, ATTENTION]},
-        {
-            "width": 12,
-            "downsample": {"type": "conv3x3"},
-            "blocks": [ATTENTION, {"type": "mb4d"}, ATTENTION],
-        },
-    ],
-    "head": {"type": "linear", "classes": 5, "distilled": True},
-}
 
 
 def mixed_network(resolution: tuple[int, int] = (64, 96)) -> Network:
@@ -96,41 +44,13 @@ def mixed_network(resolution: tuple[int, int] = (64, 96)) -> Network:
     return network_of({"input": {"resolution": list(resolution)}, **MIXED})
 
 
-def network_of(body: dict[str, Any]) -> Network:
-    """The network, its weights away from their starts."""
-    document = {"schema": "slimnas/architecture/1", "name": "small", **body}
-    architecture = Architecture.from_dict(document)
-    network = build(architecture)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        for part in network.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                part.running_mean.add_(torch.randn(part.num_features, generator=generator))
-                part.running_var.add_(torch.rand(part.num_features, generator=generator))
-    return network
-
-
 def image(batch: int = 1) -> Tensor:
     return torch.randn(batch, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
-def logits(network: Network, x: Tensor) -> np.ndarray:
-    with torch.inference_mode():
-        out: np.ndarray = network.eval()(x).numpy()
-    return out
-
-
-def image_of(network: Network, batch: int = 1) -> Tensor:
-    shape = network.architecture.input.shape
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, shape.channels, shape.height, shape.width, generator=generator)
-
-
 def test_several_runtimes_are_tested() -> None:
     assert {"torch", "onnxruntime"} <= set(INSTALLED)
-    assert len(ALL) == len(RUNTIMES) == 4
+    assert len(ALL) == len(RUNTIMES) == 5
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -276,7 +196,7 @@ def test_a_runtime_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
         get_runtime("other")
 
 
-@pytest.mark.parametrize("name", ["openvino", "executorch"])
+@pytest.mark.parametrize("name", ["coreml", "openvino", "executorch"])
 def test_an_extra_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RUNTIMES, name, ("slimnas_no_such_module", "Other"))
     monkeypatch.setitem(EXPORTERS, name, ("slimnas_no_such_module", "other"))

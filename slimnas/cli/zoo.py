@@ -29,6 +29,7 @@ class Format(str, Enum):
     ONNX = "onnx"
     OPENVINO = "openvino"
     EXECUTORCH = "executorch"
+    COREML = "coreml"
 
 
 @app.command("list")
@@ -106,6 +107,9 @@ def export(
     dynamic_batch: Annotated[
         bool, typer.Option("--dynamic-batch", help="Any batch size instead of one image.")
     ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32 or fp16; else fp16 in coreml, fp32 in the others.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the image it is checked on.")] = 0,
     zoo: ZooOption = None,
     as_json: JsonOption = False,
@@ -122,7 +126,12 @@ def export(
     network = create_model(model, pretrained=pretrained, zoo=zoo, seed=seed)
     path = output or _export_path(entry, file_format)
     difference = export_network(
-        network, path, format=file_format.value, dynamic_batch=dynamic_batch, seed=seed
+        network,
+        path,
+        format=file_format.value,
+        dynamic_batch=dynamic_batch,
+        dtype=dtype,
+        seed=seed,
     )
     if as_json:
         print_json(
@@ -134,6 +143,8 @@ def export(
                 "max_abs_difference": difference,
             }
         )
+    elif difference is None:
+        typer.echo(f"ok: {shown_path(path)}; converted, not run: Core ML runs on macOS only")
     else:
         typer.echo(f"ok: {shown_path(path)}; differs from PyTorch by at most {difference:.2g}")
 

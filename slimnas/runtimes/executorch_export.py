@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from slimnas._files import atomic_write_bytes
 from slimnas.errors import ExportError
-from slimnas.runtimes.agreement import checked_difference
+from slimnas.runtimes.agreement import checked_difference, checked_dtype
 from slimnas.runtimes.executorch_runtime import ExecuTorchSession, executorch_bytes
 
 
@@ -19,28 +19,32 @@ def export_executorch(
     *,
     reference: nn.Module | None = None,
     dynamic_batch: bool = False,
+    dtype: str | None = None,
 ) -> float:
-    """Write `module` as an ExecuTorch program (.pte) for XNNPACK, in single precision.
+    """Write `module` as an ExecuTorch program (.pte) for XNNPACK, in fp32 or fp16.
 
     Arguments and result as in `onnx_export.export_onnx`, except that there is no dynamic batch:
     a program's memory is planned for one shape.
 
     Raises:
-        ExportError: unknown operator, a difference above the tolerance, or a dynamic batch.
+        ExportError: unknown operator, a difference above the tolerance, a dynamic batch, or another
+            dtype.
         RunFolderError: the place cannot be written.
     """
+    arithmetic = checked_dtype(path, dtype, ("fp32", "fp16"))
     if dynamic_batch:
         raise ExportError(
             f"{path}: an ExecuTorch program is planned for one batch size; export it without "
             "--dynamic-batch, or as onnx or openvino"
         )
-    program = executorch_bytes(module, example)
+    program = executorch_bytes(module, example, dtype=arithmetic)
     difference = checked_difference(
         ExecuTorchSession(program, threads=1),
         reference or module,
         example,
         path=path,
         runtime="ExecuTorch",
+        dtype=arithmetic,
     )
     atomic_write_bytes(Path(path), program)
     return difference

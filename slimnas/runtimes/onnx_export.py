@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimnas._files import atomic_write_bytes
-from slimnas.runtimes.agreement import checked_difference
+from slimnas.runtimes.agreement import checked_difference, checked_dtype
 from slimnas.runtimes.onnx_graph import onnx_bytes
 from slimnas.runtimes.onnxruntime_runtime import OnnxSession
 
@@ -20,6 +20,7 @@ def export_onnx(
     *,
     reference: nn.Module | None = None,
     dynamic_batch: bool = False,
+    dtype: str | None = None,
 ) -> float:
     """Write `module` to an ONNX file, once ONNX Runtime agrees with PyTorch on `example`.
 
@@ -30,14 +31,16 @@ def export_onnx(
         reference: the module whose output, in evaluation mode, the file must give; by default
             `module`, but the unfolded network checks the folding too.
         dynamic_batch: let the file take any batch size.
+        dtype: number format, one that files of this format can be in; fp32 here.
 
     Returns:
         The largest absolute difference between the two outputs.
 
     Raises:
-        ExportError: unknown operator, or a difference above the tolerance.
+        ExportError: unknown operator, another dtype, or a difference above the tolerance.
         RunFolderError: the place cannot be written.
     """
+    checked_dtype(path, dtype, ("fp32",))
     data = onnx_bytes(module, example, dynamic_batch=dynamic_batch)
     image = torch.cat([example, example.flip(-1)]) if dynamic_batch else example
     session = OnnxSession(data, threads=1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimnas._files import atomic_path
 from slimnas.errors import ExportError
-from slimnas.runtimes.agreement import checked_difference
+from slimnas.runtimes.agreement import checked_difference, checked_dtype
 from slimnas.runtimes.onnx_graph import onnx_bytes
 from slimnas.runtimes.openvino_runtime import OpenVinoRuntime, OpenVinoSession
 
@@ -23,6 +23,7 @@ def export_openvino(
     *,
     reference: nn.Module | None = None,
     dynamic_batch: bool = False,
+    dtype: str | None = None,
 ) -> float:
     """Write `module` as OpenVINO's pair of files, PATH.xml and PATH.bin, in single precision.
 
@@ -30,10 +31,12 @@ def export_openvino(
     `onnx_export.export_onnx`.
 
     Raises:
-        ExportError: unknown operator, a difference above the tolerance, or `path` is no .xml file.
+        ExportError: unknown operator, another dtype, a difference above the tolerance, or `path` is
+            no .xml file.
         RunFolderError: the place cannot be written; neither file is.
     """
     path = Path(path)
+    checked_dtype(path, dtype, ("fp32",))
     if path.suffix != ".xml":
         raise ExportError(
             f"{path}: an OpenVINO file must end in .xml (the weights go into a .bin file beside it)"

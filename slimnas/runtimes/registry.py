@@ -12,6 +12,7 @@ from slimnas.errors import ExportError, RuntimeUnavailableError, suggest
 from slimnas.runtimes.base import Runtime
 
 RUNTIMES = {
+    "coreml": ("slimnas.runtimes.coreml_runtime", "CoreMlRuntime"),
     "executorch": ("slimnas.runtimes.executorch_runtime", "ExecuTorchRuntime"),
     "onnxruntime": ("slimnas.runtimes.onnxruntime_runtime", "OnnxRuntime"),
     "openvino": ("slimnas.runtimes.openvino_runtime", "OpenVinoRuntime"),
@@ -23,10 +24,11 @@ EXPORTERS = {
     "onnx": ("slimnas.runtimes.onnx_export", "export_onnx"),
     "openvino": ("slimnas.runtimes.openvino_export", "export_openvino"),
     "executorch": ("slimnas.runtimes.executorch_export", "export_executorch"),
+    "coreml": ("slimnas.runtimes.coreml_export", "export_coreml"),
 }
 """Module and function of every file format, imported only when it is asked for."""
 
-EXTRAS = ("executorch", "openvino")
+EXTRAS = ("coreml", "executorch", "openvino")
 """What slimnas installs only when asked: pip install 'slimnas[NAME]'."""
 
 
@@ -41,8 +43,12 @@ class Exporter(Protocol):
         *,
         reference: nn.Module | None = None,
         dynamic_batch: bool = False,
-    ) -> float:
-        """Return the largest absolute difference between the file's output and PyTorch's."""
+        dtype: str | None = None,
+    ) -> float | None:
+        """Return the largest absolute difference between the file's output and PyTorch's.
+
+        None if the file cannot be run on this machine.
+        """
         ...
 
 

@@ -10,7 +10,7 @@ from slimnas.nn.build import Network
 from slimnas.nn.fold import fold
 from slimnas.runtimes.registry import get_exporter
 
-FILE_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte"}
+FILE_SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "executorch": ".pte", "coreml": ".mlpackage"}
 """How the files of each format end."""
 
 
@@ -20,19 +20,24 @@ def export_network(
     *,
     format: str = "onnx",
     dynamic_batch: bool = False,
+    dtype: str | None = None,
     seed: int = 0,
-) -> float:
+) -> float | None:
     """Fold `network` and write it for a runtime, which first has to give the network's logits.
 
     Args:
         network: the network; it is not changed.
         path: the file to write, whole or not at all; openvino's weights go beside it.
-        format: "onnx" (checked in ONNX Runtime), "openvino" or "executorch" (XNNPACK).
-        dynamic_batch: let the file take any batch size instead of one image; not in executorch.
+        format: "onnx" (checked in ONNX Runtime), "openvino", "executorch" (XNNPACK) or "coreml" (a
+            folder; checked on macOS).
+        dynamic_batch: let the file take any batch size instead of one image; onnx and openvino.
+        dtype: number format, "fp32" or, in executorch and coreml, "fp16"; by default fp16 in coreml
+            and fp32 in the others.
         seed: seed of the random image the outputs are compared on.
 
     Returns:
-        The largest absolute difference between the runtime's and PyTorch's logits.
+        The largest absolute difference between the runtime's and PyTorch's logits; none for Core ML
+        elsewhere than on macOS, where the package is written with its input and output checked.
 
     Raises:
         ExportError: the file would not compute what the network computes, or no such format.
@@ -43,4 +48,6 @@ def export_network(
     shape = network.architecture.input.shape
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(1, shape.channels, shape.height, shape.width, generator=generator)
-    return export(fold(network), image, path, reference=network, dynamic_batch=dynamic_batch)
+    return export(
+        fold(network), image, path, reference=network, dynamic_batch=dynamic_batch, dtype=dtype
+    )
