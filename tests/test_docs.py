@@ -78,6 +78,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for i in range(20):
             pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    for _, text in blocks("csv"):
+        (tmp_path / "points.csv").write_text(text)
     for page, text in blocks("yaml"):
         if page == "formats.md" and "search-space/1" in text:
             (tmp_path / "two_stages.yaml").write_text(text)

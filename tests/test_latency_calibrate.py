@@ -110,6 +110,12 @@ def test_json_and_the_folder_agree(zoo_points: str, here: Path) -> None:
         (["deit_tiny,5,a"] * 1, [], r"1 points are too few: the accelerator model has \d coeff"),
         (["deit_tiny,5,a", "swin_tiny,15,b"], ["--prior", "iphone12"], r"2 points are too few"),
         (["deit_tinny,5,a"], [], r"mine.csv:2: no model.*did you mean 'deit_tiny'"),
+        (["deit_tiny,5,a"], ["--device", "../up"], r"the new table: name: .*'../up'"),
+        (
+            ["deit_tiny,5,a", "swin_tiny,15,b", "deit_small,9,c"],
+            ["--prior", "iphone12", "--strength", "0"],
+            r"3 points are too few",
+        ),
         (["deit_tiny,5,a"], ["--prior", "nokia"], r"no latency table for device 'nokia'"),
         (
             ["deit_tiny,5,a"],

@@ -9,14 +9,16 @@ from datetime import date
 from pathlib import Path
 
 from slimnas import __version__
-from slimnas.errors import LatencyTableError
+from slimnas.arch.documents import parse_spec
+from slimnas.errors import LatencyTableError, SpecError
 from slimnas.latency.fit import Fit, fit_points, fitted_table, save_fitted
 from slimnas.latency.keys import INTERPOLATED_FIELDS
 from slimnas.latency.points import Point
 from slimnas.latency.rows import PriceRow
-from slimnas.latency.table import DEVICE_FILE, DeviceInfo, FitInfo, LatencyTable, RuntimeInfo
+from slimnas.latency.table import DEVICE_FILE, DeviceInfo, FitInfo, LatencyTable
 
 UNKNOWN = "unknown"
+WORDS = ("soc", "os", "compute_unit", "dtype", "protocol")
 PROVENANCE = (
     "No component of this table was timed. Prices come from a device model fitted to whole "
     "networks; points.csv has them, leave_one_out.csv how far off each is."
@@ -51,27 +53,31 @@ def calibrate_device(
             dtype, protocol, date; `unknown` where they are left out, today for the date.
 
     Raises:
-        LatencyTableError: too few points, or no price for some component.
+        LatencyTableError: a name no folder can have, too few points, or no price for some
+            component.
     """
-    fit = fit_points(tuple(points), info)
-    words = {key: described.get(key) or UNKNOWN for key in ("soc", "os", "dtype", "protocol")}
-    description = DeviceInfo(
-        name=name,
-        device=described.get("device") or name,
-        runtime=RuntimeInfo(name=described.get("runtime") or UNKNOWN, version=UNKNOWN),
-        compute_unit=described.get("compute_unit") or UNKNOWN,
-        date=described.get("date") or date.today().isoformat(),
-        tool_version=f"slimnas {__version__}",
-        kind="measured",  # replaced by the fit, which brings the errors an estimate must state
-        sources=tuple(dict.fromkeys(point.source for point in fit.used if point.source)),
+    words = {key: described.get(key) or UNKNOWN for key in WORDS}
+    document = {
         **words,
-    )
+        "name": name,
+        "device": described.get("device") or name,
+        "runtime": {"name": described.get("runtime") or UNKNOWN, "version": UNKNOWN},
+        "date": described.get("date") or date.today().isoformat(),
+        "tool_version": f"slimnas {__version__}",
+        "kind": "measured",  # replaced by the fit, which brings the errors an estimate must state
+    }
+    try:
+        description = parse_spec(DeviceInfo, document, source="the new table")
+    except SpecError as error:
+        raise LatencyTableError(str(error)) from error
+    fit = fit_points(tuple(points), info)
     table = fitted_table(fit, description)
     flat = flat_components(table.rows)
     notes = [PROVENANCE]
     if flat:
         notes.append(f"The points do not tell what width costs in: {', '.join(flat)}.")
-    device = table.device.model_copy(update={"notes": tuple(notes)})
+    sources = tuple(dict.fromkeys(point.source for point in fit.used if point.source))
+    device = table.device.model_copy(update={"notes": tuple(notes), "sources": sources})
     return Calibrated(LatencyTable(device, table.rows), fit, flat)
 
 

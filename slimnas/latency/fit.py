@@ -153,7 +153,7 @@ def fit_points(points: Sequence[Point], info: FitInfo) -> Fit:
         )
     used = tuple(point for point in points if point.used)
     counted = _counts(used, MODELS[info.model])
-    held = _prior(info) > 0
+    held = (_prior(info) > 0) & (info.strength > 0)
     free = int(np.sum(np.any(counted > 0, axis=0) & ~held)) if len(used) else 0
     needed = max(free + 1, FEWEST)
     if len(used) < needed:
