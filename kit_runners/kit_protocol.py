@@ -27,6 +27,8 @@ from typing import Any, Protocol
 
 KIT_SCHEMA = "slimnas/latency-kit/1"
 RESULTS_SCHEMA = "slimnas/latency-kit-results/1"
+FIRST_WAIT_S = 0.05
+LONGEST_WAIT_S = 0.5
 WINDOW = 101
 """Reference timings that the running median looks back on."""
 DIGITS = 6
@@ -127,6 +129,7 @@ class Rounds:
         protocol: the manifest's, as changed by options.
         reference: the reference network, loaded.
         clock: seconds, to give up on a device that never stands still.
+        sleep: waits that many seconds.
     """
 
     def __init__(
@@ -134,13 +137,15 @@ class Rounds:
         protocol: Mapping[str, Any],
         reference: Visit,
         clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._protocol = protocol
         self._reference = reference
         self._clock = clock
+        self._sleep = sleep
         self._paces: deque[float] = deque(maxlen=WINDOW)
 
-    def prime(self, paces_ms: Sequence[float] = (), visits: int = 9) -> None:
+    def prime(self, paces_ms: Sequence[float] = (), visits: int = WINDOW) -> None:
         """Give the running median something to go by: earlier paces, else some visits now."""
         self._paces.extend(paces_ms)
         if not self._paces:
@@ -153,18 +158,22 @@ class Rounds:
             KitError: no round was accepted for `patience_s`.
         """
         done: list[dict[str, Any]] = []
-        quiet = self._clock()
+        quiet, wait_s = self._clock(), FIRST_WAIT_S
         while sum(one["accepted"] for one in done) < self._protocol["rounds"]:
             done.append(self._round(visits, rng))
             if done[-1]["accepted"]:
-                quiet = self._clock()
-            elif self._clock() - quiet > self._protocol["patience_s"]:
+                quiet, wait_s = self._clock(), FIRST_WAIT_S
+                continue
+            if self._clock() - quiet > self._protocol["patience_s"]:
                 raise KitError(
                     f"{name}: the reference network stayed more than "
                     f"{100 * self._protocol['max_drift']:g} % off its running median for "
                     f"{self._protocol['patience_s']:g} s; leave the device alone (other programs, "
                     "heat, power saving) and start the same command again, it goes on here"
                 )
+            # What disturbs may end meanwhile; a lasting change is followed in half a minute.
+            self._sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         return done
 
     def _round(self, visits: Sequence[Visit], rng: random.Random) -> dict[str, Any]:

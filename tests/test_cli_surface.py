@@ -17,16 +17,16 @@ from slimnas.cli.main import app
 COMMANDS = {
     "slimnas": "--debug --version",
     "slimnas search": (
-        "--alpha-lr --batch-size --data --device --epochs --frontier --json --lr --max-images "
-        "--mixing --noise --output --resolution --search-images --seed --skip-bad-images --space "
-        "--supernet --target-latency --tau-end --tau-start --train-on"
+        "--alpha-lr --batch-size --data --device --epochs --fill --frontier --json --lr --max- "
+        "images --measure --mixing --noise --output --resolution --search-images --seed --skip- "
+        "bad-images --space --supernet --target-latency --tau-end --tau-start --train-on"
     ),
     "slimnas prune": (
         "--basis --batch-size --clock --correction --criterion --data --device --distillation "
-        "--finetune-between --finetune-epochs --images --iterations --json --labels --latency --lr "
-        "--macs --measure --method --model --output --params --prune-on --ratio --report "
-        "--round-to --scores --seed --skip-bad-images --temperature --test-data --threads --units "
-        "--weights"
+        "--finetune-between --finetune-epochs --images --iterations --json --labels --latency "
+        "--lr --macs --measure --method --model --output --params --prune-on --ratio --report "
+        "--round-to --scores --seed --skip-bad-images --temperature --test-data --threads "
+        "--units --weights"
     ),
     "slimnas prune rules": (
         "--depth-dependent --device --json --latency --macs --name --output --params --round-to "
@@ -38,8 +38,9 @@ COMMANDS = {
     "slimnas space validate": "--json FILES",
     "slimnas latency": "",
     "slimnas latency build": (
-        "--backend --clock --device --force --json --model --output --rounds --seed --space "
-        "--threads"
+        "--backend --batch --clock --device --dtype --force --held-out --json --model "
+        "--networks --output --precision --rounds --runtime-option --seed --shard --space "
+        "--threads --unit"
     ),
     "slimnas latency calibrate": (
         "--description --device --force --json --model --output --points --prior --protocol "
@@ -52,12 +53,22 @@ COMMANDS = {
     "slimnas latency validate": (
         "--clock --device --force --json --model --networks --output --seed --space"
     ),
+    "slimnas latency merge": "--device --force --json --output SHARDS",
+    "slimnas latency recompute": "--json TABLE",
+    "slimnas latency kit": (
+        "--batch --device --dtype --format --held-out --json --model --networks --output --own- "
+        "weights --seed --space"
+    ),
+    "slimnas latency import": (
+        "--compute-unit --describe --device --force --json --kit --mapping --os --output "
+        "--runtime --runtime-version --soc --threads RESULTS"
+    ),
     "slimnas zoo": "",
     "slimnas zoo list": "--json --zoo",
     "slimnas zoo show": "--json --zoo MODEL",
     "slimnas zoo add": "--json --name --zoo RUN",
     "slimnas zoo export": (
-        "--dynamic-batch --format --json --output --seed --untrained --weights --zoo MODEL"
+        "--dtype --dynamic-batch --format --json --output --seed --untrained --weights --zoo MODEL"
     ),
 }
 HEAVY = ("torch", "numpy", "scipy", "yaml", "datasets", "matplotlib", "accelerate")

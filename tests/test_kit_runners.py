@@ -44,7 +44,7 @@ def test_rounds_are_those_of_slimnas_itself(noise: float) -> None:
     protocol = Protocol(rounds=3, visit_ms=2.0, sample_ms=0.1)
 
     def slow_for_a_while(now: float) -> float:
-        return 1.3 if 100.05 < now < 100.08 else 1.0
+        return 1.3 if 100.25 < now < 100.28 else 1.0
 
     def machine() -> FakeMachine:
         return FakeMachine(pace=slow_for_a_while, noise=noise)
@@ -62,7 +62,8 @@ def test_rounds_are_those_of_slimnas_itself(noise: float) -> None:
     plain = protocol.to_dict()
     wall = second.clocks.wall
     reference, *terms = calls(second)
-    rounds = kit_protocol.Rounds(plain, run_kit.Timed(reference, plain, wall), wall)
+    timed = run_kit.Timed(reference, plain, wall)
+    rounds = kit_protocol.Rounds(plain, timed, wall, second.clocks.sleep)
     rounds.prime()
     found = [
         rounds.time([run_kit.Timed(t, plain, wall) for t in terms], "x", random.Random(i))
@@ -91,7 +92,9 @@ def test_a_device_that_never_stands_still(kit: FakeKit) -> None:
         return [rng.choice((1.0, 2.0, 3.0)) if primed else 1.0]
 
     primed = False
-    rounds = kit_protocol.Rounds({**QUICK.to_dict(), "rounds": 99}, visit, machine.clocks.wall)
+    rounds = kit_protocol.Rounds(
+        {**QUICK.to_dict(), "rounds": 99}, visit, machine.clocks.wall, machine.clocks.sleep
+    )
     rounds.prime()
     primed = True
     with pytest.raises(kit_protocol.KitError, match=r"entry x: .* start the same command again"):

@@ -88,7 +88,7 @@ def test_rejected_rounds_count_for_nothing() -> None:
 
 
 def test_lasting_change_of_pace_is_followed() -> None:
-    machine = FakeMachine(pace=lambda now: 1.3 if now > 100.3 else 1.0)
+    machine = FakeMachine(pace=lambda now: 1.3 if now > 100.5 else 1.0)
     rounds = visit(machine, BLOCK, replace(PROTOCOL, rounds=30)).rounds
     paces = [one.pace for one in rounds if one.accepted]
     assert max(paces) / min(paces) == pytest.approx(1.3, rel=0.01)

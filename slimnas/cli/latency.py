@@ -162,13 +162,7 @@ def _description(device: DeviceInfo) -> Iterable[str]:
     if device.threads is not None:
         yield f"threads: {device.threads}"
     for figure in device.errors:
-        rank = "" if figure.spearman is None else f", rank correlation {figure.spearman:.2f}"
-        middle = "" if figure.median_percent is None else f"median {figure.median_percent} %, "
-        yield (
-            f"error, {figure.what}: {middle}mean {figure.mape_percent} %, "
-            f"bias {figure.bias_percent:+} %, worst {figure.max_percent} %{rank} "
-            f"(n = {figure.networks})"
-        )
+        yield f"error, {figure.words}"
     if device.interval is not None:
         limits = f"-{device.interval.low_percent} % to +{device.interval.high_percent} %"
         yield f"{100 * device.interval.level:.0f} % interval: {limits}, {device.interval.basis}"

@@ -89,6 +89,12 @@ def build(
         typer.Option(metavar="I/N", help="This host's part; join them with 'latency merge'."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Accepted rounds per entry and pass.")] = 6,
+    precision: Annotated[
+        float,
+        typer.Option(
+            min=0.1, help="Standard error of a price in percent, above which it is timed again."
+        ),
+    ] = 3.0,
     clock: Annotated[
         Clock, typer.Option(help="cpu: for one thread on a machine that is never idle.")
     ] = Clock.WALL,
@@ -114,7 +120,7 @@ def build(
     job = BuildJob(
         output=output or table_folders()[0] / device,
         scope=_scope(space, model),
-        protocol=Protocol(clock=clock.value, rounds=rounds, seed=seed),
+        protocol=Protocol(clock=clock.value, rounds=rounds, precision=precision / 100, seed=seed),
         batch=batch,
         networks=Networks(networks, held_out),
         shard=_shard(shard),

@@ -69,11 +69,7 @@ def provenance_line(table: LatencyTable) -> str:
         f"{device.name} ({device.kind}): {device.device}, {device.os}, {runtime}, "
         f"{device.compute_unit}, {device.dtype}, batch {device.batch}"
     ]
-    parts += [
-        f"{figure.what}: mean error {figure.mape_percent:.1f} %, worst {figure.max_percent:.1f} % "
-        f"(n = {figure.networks})"
-        for figure in device.errors
-    ]
+    parts += [figure.words for figure in device.errors]
     if not device.errors:
         parts.append("no held-out error known")
     return "; ".join(parts)

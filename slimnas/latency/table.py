@@ -66,6 +66,22 @@ class ErrorFigure(Spec):
     coverage_percent: Percent | None = None
     spearman: Annotated[float, Field(ge=-1, le=1)] | None = None
 
+    @property
+    def words(self) -> str:
+        """Everything that is known, in words; what every use of the table prints."""
+        known = [
+            (self.mape_percent, "mean error {:.1f} %"),
+            (self.median_percent, "median {:.1f} %"),
+            (self.max_percent, "worst {:.1f} %"),
+            (self.bias_percent, "bias {:+.1f} %"),
+            (self.within_5_percent, "{:.0f} % within 5 %"),
+            (self.within_10_percent, "{:.0f} % within 10 %"),
+            (self.coverage_percent, "{:.0f} % in their intervals"),
+            (self.spearman, "rank correlation {:.3f}"),
+        ]
+        said = ", ".join(text.format(value) for value, text in known if value is not None)
+        return f"{self.what}: {said} (n = {self.networks})"
+
 
 class IntervalInfo(Spec):
     """Relative interval around an estimated total.

@@ -29,6 +29,9 @@ LEVEL = 0.9
 FEWEST = 3
 """Fewer whole networks than this correct nothing."""
 
+ANOTHER_PACE = 0.1
+"""How far a round's reference may be from its median over a whole build, as a share."""
+
 SURE = 3.0
 """Standard errors below zero at which a price is wrong and not just lost in noise."""
 
@@ -112,7 +115,9 @@ def timings(entries: Iterable[Entry], visits: Iterable[Visit]) -> dict[str, Timi
     """Return the timing of every entry that was visited, by the entry's name.
 
     Rounds are brought to one pace: a round's price is multiplied by the reference's median
-    over all rounds and divided by the reference's latency in that round.
+    over all rounds and divided by the reference's latency in that round. Rounds at another pace
+    altogether (`ANOTHER_PACE`), where networks slow down by other shares than the reference does,
+    count only for entries that have no others.
     """
     rounds: defaultdict[str, list[Round]] = defaultdict(list)
     for visit in visits:
@@ -121,7 +126,9 @@ def timings(entries: Iterable[Entry], visits: Iterable[Visit]) -> dict[str, Timi
     found = {}
     for entry in entries:
         shares = [term.share for term in entry.terms]
-        values = [one.price_ms(shares) * usual / one.pace for one in rounds[entry.name]]
+        accepted = rounds[entry.name]
+        steady = [one for one in accepted if abs(one.pace / usual - 1) <= ANOTHER_PACE]
+        values = [one.price_ms(shares) * usual / one.pace for one in steady or accepted]
         if values:
             p10, low, high, p90 = map(float, np.percentile(values, [10, 25, 75, 90]))
             found[entry.name] = Timing(median(values), high - low, p10, p90, len(values))

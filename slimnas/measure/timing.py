@@ -24,17 +24,23 @@ Call = Callable[[], object]
 WINDOW = 101
 """Reference timings that the running median looks back on."""
 
+FIRST_WAIT_S = 0.05
+LONGEST_WAIT_S = 0.5
+"""Waits after rejected rounds, each twice the one before: what disturbs may end meanwhile, and the
+running median, which follows a lasting change, does so in half a minute and not at once."""
+
 BUSY = 1.2
 """Working threads per thread given, beyond which a runtime uses more than it was given."""
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """Seconds of the wall, of CPU time of this thread, and of CPU time of the process."""
+    """Seconds of the wall, of CPU time of this thread and of the process; and how to wait."""
 
     wall: Callable[[], float] = time.perf_counter
     thread: Callable[[], float] = time.thread_time
     process: Callable[[], float] = time.process_time
+    sleep: Callable[[float], None] = time.sleep
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Protocol:
     sample_ms: float = 1.0
     settled: float = 0.01
     warm_up_ms: float = 400.0
-    patience_s: float = 60.0
+    patience_s: float = 120.0
     chains: tuple[int, int] = (1, 4)
     precision: float = 0.03
     extra_passes: int = 3
@@ -163,7 +169,7 @@ class Stopwatch:
         self._reference = reference
         self._reference_repeat = self._warm_up(reference)
 
-    def prime(self, paces_ms: Sequence[float] = (), visits: int = 9) -> None:
+    def prime(self, paces_ms: Sequence[float] = (), visits: int = WINDOW) -> None:
         """Give the running median something to go by: earlier paces, else some visits now."""
         self._paces.extend(paces_ms)
         if not self._paces:
@@ -194,13 +200,16 @@ class Stopwatch:
         repeats = [self._warm_up(call) for call in calls]
         done: list[Round] = []
         wall = self._clocks.wall
-        quiet = wall()
+        quiet, wait_s = wall(), FIRST_WAIT_S
         while sum(one.accepted for one in done) < self.protocol.rounds:
             done.append(self._round(calls, repeats, rng))
             if done[-1].accepted:
-                quiet = wall()
-            elif wall() - quiet > self.protocol.patience_s:
+                quiet, wait_s = wall(), FIRST_WAIT_S
+                continue
+            if wall() - quiet > self.protocol.patience_s:
                 raise LatencyTableError(self._too_busy(name))
+            self._clocks.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         return tuple(done)
 
     def _round(self, calls: Sequence[Call], repeats: Sequence[int], rng: random.Random) -> Round:
