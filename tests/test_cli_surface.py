@@ -17,9 +17,9 @@ from slimnas.cli.main import app
 COMMANDS = {
     "slimnas": "--debug --version",
     "slimnas search": (
-        "--alpha-lr --batch-size --data --device --epochs --fill --frontier --json --lr --max- "
-        "images --measure --mixing --noise --output --resolution --search-images --seed --skip- "
-        "bad-images --space --supernet --target-latency --tau-end --tau-start --train-on"
+        "--alpha-lr --batch-size --data --device --epochs --fill --frontier --json --lr "
+        "--max-images --measure --mixing --noise --output --resolution --search-images --seed "
+        "--skip-bad-images --space --supernet --target-latency --tau-end --tau-start --train-on"
     ),
     "slimnas prune": (
         "--basis --batch-size --clock --correction --criterion --data --device --distillation "
@@ -56,8 +56,8 @@ COMMANDS = {
     "slimnas latency merge": "--device --force --json --output SHARDS",
     "slimnas latency recompute": "--json TABLE",
     "slimnas latency kit": (
-        "--batch --device --dtype --format --held-out --json --model --networks --output --own- "
-        "weights --seed --space"
+        "--batch --device --dtype --format --held-out --json --model --networks --output "
+        "--own-weights --seed --space"
     ),
     "slimnas latency import": (
         "--compute-unit --describe --device --force --json --kit --mapping --os --output "
