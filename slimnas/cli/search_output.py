@@ -122,12 +122,15 @@ def _unmeasured(result: SearchResult) -> str | None:
 
 def json_body(inputs: SearchInputs, result: SearchResult, folder: Path) -> dict[str, Any]:
     """What `--json` prints."""
+    from slimnas.latency.regime import regimes
+
     device = inputs.table.device
     return {
         "run": shown_path(folder),
         "device": {"name": device.name, "kind": device.kind},
         "supernet_digest": result.trained.digest,
         "unmeasured": _unmeasured(result),
+        "regimes": [one.sentence for one in regimes(inputs.table, result.space)],
         "reference": None
         if result.reference is None
         else {
