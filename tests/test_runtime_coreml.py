@@ -183,11 +183,12 @@ def test_a_macs_session(monkeypatch: pytest.MonkeyPatch) -> None:
         def predict(self, data: dict[str, Any]) -> dict[str, Any]:
             return {"logits": evaluate(self.main, torch.from_numpy(data["image"])).double().numpy()}
 
+    x = torch.ones(1, 2)
+    model = CoreMlRuntime().export(Scale(2.0), x)
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(coremltools.models, "MLModel", Model)
-    x = torch.ones(1, 2)
     for unit, wanted in UNITS.items():
-        session = CoreMlRuntime(unit=unit).load(Scale(2.0), x)
+        session = CoreMlRuntime(unit=unit).open(model)
         assert isinstance(session, CoreMlSession)
         got = session.run(x.numpy())
         assert (got.tolist(), got.dtype) == ([[2.0, 2.0]], np.float32)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import shutil
 import sys
 import tempfile
+import traceback
 import weakref
 import zipfile
 from collections.abc import Mapping
@@ -144,13 +146,15 @@ def coreml_bytes(
         _check_range(inside)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / PACKAGE
-        try:
-            # Its progress bars go to stderr whatever it is told.
-            with quiet(), redirect_stderr(io.StringIO()), torch.inference_mode():
+        # Its progress bars go to stderr whatever it is told, and an error is logged before it is
+        # raised.
+        with quiet(logging.CRITICAL), redirect_stderr(io.StringIO()), torch.inference_mode():
+            try:
                 _converted(inside, example, dtype, unit).save(str(package))
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ExportError(f"Core ML conversion failed: {reason}") from error
+            except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError) as error:
+                traceback.clear_frames(error.__traceback__)  # they hold temporary folders
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ExportError(f"Core ML conversion failed: {reason}") from error
         return _packed(package)
 
 
@@ -183,9 +187,8 @@ def _check_range(module: nn.Module) -> None:
 def _packed(package: Path) -> bytes:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
-        for path in sorted(package.rglob("*")):
-            if path.is_file():
-                packed.write(path, Path(PACKAGE) / path.relative_to(package))
+        for path in sorted(package.rglob("*")):  # without weights, their folder is there and empty
+            packed.write(path, Path(PACKAGE) / path.relative_to(package))
     return archive.getvalue()
 
 

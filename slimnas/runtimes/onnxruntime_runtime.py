@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import onnxruntime
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf
+from onnxruntime.capi.onnxruntime_pybind11_state import (
+    Fail,
+    InvalidArgument,
+    InvalidGraph,
+    InvalidProtobuf,
+    NotImplemented,
+)
 from torch import Tensor, nn
 
 from slimnas.errors import ExportError
@@ -14,6 +20,7 @@ from slimnas.runtimes.base import Array, Configured
 from slimnas.runtimes.onnx_graph import onnx_bytes
 
 _ONLY_ERRORS = 3
+_REFUSALS = (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf, NotImplemented)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class OnnxSession:
             self._session = onnxruntime.InferenceSession(
                 model, options, providers=["CPUExecutionProvider"]
             )
-        except (Fail, InvalidGraph, InvalidProtobuf) as error:
+        except _REFUSALS as error:
             reason = str(error).strip().splitlines()[0]
             raise ExportError(f"ONNX Runtime cannot load the model: {reason}") from error
         self._input = self._session.get_inputs()[0].name

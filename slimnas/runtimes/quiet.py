@@ -9,10 +9,14 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what a library warns and logs about its own code or its neighbours' versions."""
+def quiet(below: int = logging.ERROR) -> Iterator[None]:
+    """Silence what a library warns and logs about its own code or its neighbours' versions.
+
+    Args:
+        below: logging level from which on messages are let through.
+    """
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(below - 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
