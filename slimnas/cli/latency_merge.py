@@ -22,7 +22,7 @@ def merge(
 ) -> None:
     """Join what hosts with the same device measured by 'latency build --shard i/n'.
 
-    Example: slimnas latency merge shards/1 shards/2 --device pi5
+    Example: slimnas latency merge parts/1 parts/2 --device pi5
     """
     from slimnas.latency.devices import table_folders
     from slimnas.measure.shards import merge as merge_shards
