@@ -29,6 +29,7 @@ KIT_SCHEMA = "slimnas/latency-kit/1"
 RESULTS_SCHEMA = "slimnas/latency-kit-results/1"
 FIRST_WAIT_S = 0.05
 LONGEST_WAIT_S = 0.5
+"""Waits after rejected rounds, each twice the one before."""
 WINDOW = 101
 """Reference timings that the running median looks back on."""
 DIGITS = 6
@@ -330,9 +331,24 @@ def is_uncertain(
 
 
 def time_all(
-    kit: Kit, backend: Backend, results: Results, protocol: Mapping[str, Any], shard: str = "1/1"
+    kit: Kit,
+    backend: Backend,
+    results: Results,
+    protocol: Mapping[str, Any],
+    *,
+    shard: str = "1/1",
+    prime: int = WINDOW,
 ) -> None:
-    """Make every visit that the results lack, telling how far it is."""
+    """Make every visit that the results lack, telling how far it is.
+
+    Args:
+        kit: what to time.
+        backend: where.
+        results: what was timed so far, and where the rest goes.
+        protocol: how.
+        shard: part i/n of the entries.
+        prime: visits of the reference at the start; fewer where each takes long.
+    """
     files = kit.files
     entries = part_of(kit.manifest["entries"], shard)
     rounds, start, first = None, time.monotonic(), len(results.visits)
@@ -340,7 +356,7 @@ def time_all(
         if rounds is None:
             rounds = Rounds(protocol, backend.load(files[kit.manifest["reference"]]))
             known = [one for visit in results.visits for one in visit["rounds"]]
-            rounds.prime([ms for one in known for ms in one["reference_ms"]])
+            rounds.prime([ms for one in known for ms in one["reference_ms"]], prime)
         done = len(results.visits)
         progress(done, planned, done - first, time.monotonic() - start, entry["name"])
         used = [files[term["file"]] for term in entry["terms"]]

@@ -209,13 +209,8 @@ def run(given: argparse.Namespace) -> None:
     output = given.output or given.kit / "results.jsonl"
     results = Results(output, header_of(kit, device, protocol, given.shard))
     results.append(session(python=platform.python_version()))
-    time_all(
-        kit,
-        OnnxBackend(given.kit, protocol, providers, given.threads),
-        results,
-        protocol,
-        given.shard,
-    )
+    backend = OnnxBackend(given.kit, protocol, providers, given.threads)
+    time_all(kit, backend, results, protocol, shard=given.shard)
     results.append({"finished": session()["session"]})
     say(f"\ndone: send {output} back")
 

@@ -36,6 +36,8 @@ from kit_protocol import (
 REMOTE = "/data/local/tmp/slimnas-kit"
 ITERATION = re.compile(r"Iteration \d+ of \d+: ([0-9.]+) ms")
 TOTAL = re.compile(r"Model executed successfully (\d+) time\(s\) in ([0-9.]+) ms")
+PRIME = 9
+"""Visits of the reference at the start: each is a start of the runner."""
 MOST = 2000
 """Runs of a network in one start of the runner at most."""
 
@@ -219,7 +221,7 @@ def run(given: argparse.Namespace) -> None:
         kit, phone, protocol, threads=given.threads, core=given.core, pause_s=given.pause
     )
     backend.prepare(given.runner)
-    time_all(kit, backend, results, protocol, given.shard)
+    time_all(kit, backend, results, protocol, shard=given.shard, prime=PRIME)
     backend.clean()
     results.append({"finished": session()["session"]})
     say(f"\ndone: send {output} back")

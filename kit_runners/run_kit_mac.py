@@ -48,6 +48,8 @@ REMOTE_SAMPLES = 5
 """Predictions per visit on a connected device, where each is a message over the cable."""
 REMOTE_PROTOCOL = {"rounds": 3, "passes": 1, "extra_passes": 0, "patience_s": 1800.0}
 """What replaces the protocol's numbers there, unless options say otherwise."""
+PRIME = 9
+"""Visits of the reference at the start."""
 MOST = 2000
 """Predictions per visit at most."""
 
@@ -286,7 +288,7 @@ def time_on(kit: Kit, given: argparse.Namespace, tools: Any) -> None:
             pause_s=given.pause,
         )
         try:
-            time_all(kit, backend, results, protocol, given.shard)
+            time_all(kit, backend, results, protocol, shard=given.shard, prime=PRIME)
         finally:
             backend.close()
     results.append({"finished": session()["session"]})

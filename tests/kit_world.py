@@ -132,7 +132,7 @@ class FakeKit:
         header = kit_protocol.header_of(kit, device or DEVICE, protocol, shard)
         results = kit_protocol.Results(output, header)
         results.append(kit_protocol.session())
-        kit_protocol.time_all(kit, FakeBackend(self), results, protocol, shard)
+        kit_protocol.time_all(kit, FakeBackend(self), results, protocol, shard=shard)
         return output
 
     def times(self, scale: Callable[[str], float] = lambda _: 1.0) -> dict[str, float]:

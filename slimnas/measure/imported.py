@@ -23,7 +23,7 @@ from slimnas.measure.imported_checks import check_units
 from slimnas.measure.imported_files import FileTime, FileTimes, name_of, read_file_times
 from slimnas.measure.imported_runs import KitRun, drift, is_run, join, read_run
 from slimnas.measure.journal import Visit
-from slimnas.measure.kit_manifest import KitManifest
+from slimnas.measure.kit_manifest import RUNNERS, KitManifest
 from slimnas.measure.plan import Plan
 from slimnas.measure.results import make_table, timings, usual_pace
 from slimnas.measure.summary import write_summary
@@ -34,7 +34,6 @@ GROUPS = 5
 """Rounds that the samples of a file are divided into, so that their spread is known."""
 NAMED = 3
 """Missing files or entries that a message names."""
-RUNNERS = {"onnx": "run_kit.py", "coreml": "run_kit_mac.py", "executorch": "run_kit_adb.py"}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from slimnas.errors import LatencyTableError, RunFolderError, suggest
 from slimnas.measure.kit_check import checked_input
 from slimnas.measure.kit_manifest import (
     MANIFEST_FILE,
+    RUNNERS,
     KitFile,
     KitManifest,
     NetworkFile,
@@ -46,9 +47,6 @@ from slimnas.runtimes.registry import get_runtime
 
 RUNTIMES = {"onnx": "onnxruntime", "coreml": "coreml", "executorch": "executorch"}
 """The runtime that writes the files of a format."""
-
-RUNNERS = {"onnx": "run_kit.py", "coreml": "run_kit_mac.py", "executorch": "run_kit_adb.py"}
-"""The runner of a format."""
 
 PROTOCOL_FILE = "kit_protocol.py"
 README_FILE = "README.md"

@@ -45,9 +45,7 @@ def checked_input(
         return info, False
     output = session.run(example.numpy())
     if not (np.isfinite(output).all() and np.abs(output).max() > np.finfo(np.float32).tiny):
-        raise ExportError(
-            f"{path.name}: must compute finite numbers that are not zero; it does not"
-        )
+        raise ExportError(f"{path.name}: must compute finite numbers, not all zero; it does not")
     return info, True
 
 

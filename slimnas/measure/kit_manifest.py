@@ -24,6 +24,9 @@ MANIFEST_FILE = "manifest.json"
 SCHEMA = "slimnas/latency-kit/1"
 WHAT = "a latency kit's manifest"
 
+RUNNERS = {"onnx": "run_kit.py", "coreml": "run_kit_mac.py", "executorch": "run_kit_adb.py"}
+"""The runner of a kit's format."""
+
 Use = Literal["part", "call", "calibration", "held out"]
 
 

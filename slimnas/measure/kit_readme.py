@@ -7,16 +7,12 @@ from string import Template
 from slimnas._resources import data_dir
 from slimnas.measure.kit_manifest import KitManifest
 
-NAMES = {
-    "onnx": "README_onnx.md",
-    "coreml": "README_coreml.md",
-    "executorch": "README_executorch.md",
-}
-
 
 def readme(manifest: KitManifest) -> str:
     """Return the text that tells what to install, what to run, what comes back, how long."""
-    template = (data_dir("kit_runners") / NAMES[manifest.format]).read_text(encoding="utf-8")
+    template = (data_dir("kit_runners") / f"README_{manifest.format}.md").read_text(
+        encoding="utf-8"
+    )
     protocol = manifest.protocol
     visits = protocol["passes"] * len(manifest.entries)
     terms = sum(len(entry.terms) for entry in manifest.entries)
