@@ -23,7 +23,7 @@ from slimnas._lock import folder_lock
 from slimnas.data.splits import SearchData, open_data
 from slimnas.search.checks import space_digest, table_digest
 from slimnas.search.config import SearchConfig, claim
-from slimnas.search.run import SearchResult, run_search
+from slimnas.search.run import RunOptions, SearchResult, run_search
 from slimnas.supernet.train import SupernetRecipe, TrainedSupernet
 from slimnas.train import loop
 
@@ -111,8 +111,7 @@ def search(
             digits(),
             folder,
             listener=listener or Moments(),
-            train_on="cpu",
-            supernet=supernet,
+            options=RunOptions("cpu", supernet),
         )
 
 

@@ -231,7 +231,7 @@ def _run(inputs: SearchInputs, folder: Path, train_on: str, as_json: bool) -> No
     from slimnas.data.splits import open_data
     from slimnas.search.checks import check_search, require_fitting
     from slimnas.search.config import claim, refuse_other_run
-    from slimnas.search.run import run_search
+    from slimnas.search.run import RunOptions, run_search
     from slimnas.train.loop import accelerator_for
 
     config = inputs.config
@@ -268,9 +268,7 @@ def _run(inputs: SearchInputs, folder: Path, train_on: str, as_json: bool) -> No
                 data.for_search(),
                 folder,
                 listener=progress,
-                train_on=train_on,
-                supernet=inputs.supernet,
-                meter=inputs.meter,
+                options=RunOptions(train_on, inputs.supernet, inputs.meter),
             )
         page = write_search_report(inputs, result, data, folder)
     if as_json:

@@ -76,6 +76,21 @@ class Listener(MeasuringListener, Protocol):
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """What a run is made with, beside the settings that decide its result.
+
+    Attributes:
+        train_on: auto, cpu, cuda or mps.
+        supernet: a trained one; None trains it in the run.
+        meter: measures the networks found; or why nothing can.
+    """
+
+    train_on: str = "auto"
+    supernet: TrainedSupernet | None = None
+    meter: Meter | str = "not asked for"
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """What a search gives.
 
@@ -112,9 +127,7 @@ def run_search(
     folder: Path,
     *,
     listener: Listener,
-    train_on: str = "auto",
-    supernet: TrainedSupernet | None = None,
-    meter: Meter | str = "not asked for",
+    options: RunOptions | None = None,
 ) -> SearchResult:
     """Search `space` for networks that meet the targets, in a folder claimed for `config`.
 
@@ -125,21 +138,20 @@ def run_search(
         data: TRAIN and SEARCH at `config.resolution`.
         folder: the run folder, locked by the caller.
         listener: told how it goes.
-        train_on: auto, cpu, cuda or mps.
-        supernet: a trained one; None trains it here.
-        meter: measures the networks found; or why nothing can.
+        options: where it trains, with which supernet, and what measures.
 
     Raises:
         UnreachableTargetError: greedy found no way to a target.
         LatencyTableError: the machine is too busy to measure.
         ExportError: the table's runtime cannot run a found network.
-        SpecError: `supernet` was trained for another space, head, resolution or data.
+        SpecError: the supernet was trained for another space, head, resolution or data.
         WeightsError, RunFolderError: a damaged or foreign file in the folder.
-        RuntimeUnavailableError: this machine lacks `train_on`.
+        RuntimeUnavailableError: this machine lacks `options.train_on`.
     """
+    options = options or RunOptions()
     remove_leftovers(folder)
-    accelerator = accelerator_for(train_on)
-    trained = supernet or _supernet(config, space, data, folder, listener, accelerator)
+    accelerator = accelerator_for(options.train_on)
+    trained = options.supernet or _supernet(config, space, data, folder, listener, accelerator)
     require_fitting(trained, space, data, config.resolution)
     trained.supernet.to(accelerator.device)
     provenance = {
@@ -171,7 +183,7 @@ def run_search(
         evaluator.move_to(longer.states[-1][0])
         listener.slimming(longer, min(config.targets_ms))
 
-    log, meter = _measuring(folder / MEASUREMENTS, meter)
+    log, meter = _measuring(folder / MEASUREMENTS, options.meter)
     walk = Walk(trajectory, on_step)
     loop = Loop(slimmer, walk, table, log, None if isinstance(meter, str) else meter, listener)
     answers = loop.run(config.targets_ms)
