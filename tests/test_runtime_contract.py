@@ -45,12 +45,11 @@ LARGEST = {"fp32": 2e-5, "fp16": 0.01, "bf16": 0.05, "int8": 0.1}
 """Largest difference from PyTorch in single precision, as a share of the largest output."""
 DTYPES = {
     "coreml": ("fp16", "fp32"),
-    "executorch": ("fp32", "fp16", "int8"),
+    "executorch": ("fp32",),
     "onnxruntime": ("fp32", "int8"),
     "openvino": ("fp32", "bf16", "fp16", "int8"),
     "torch": ("fp32", "bf16", "fp16"),
 }
-SLOW = ("executorch", "int8")  # lowering takes minutes
 FILES = ("coreml", "executorch", "onnxruntime", "openvino")
 
 
@@ -58,15 +57,15 @@ def install_line(name: str) -> str:
     return f"pip install 'slimnas[{name}]'" if name in EXTRAS else f"pip install {name}"
 
 
-def on(name: str, *more: Any, slow: bool = False) -> Any:
+def on(name: str, *more: Any) -> Any:
     """Parameters of a test that needs this runtime to run here."""
     why = "runs on macOS" if name in CONVERTING else f"not installed; {install_line(name)}"
-    marks = [pytest.mark.skipif(name not in RUNNING, reason=f"{name}: {why}")]
-    return pytest.param(name, *more, marks=[*marks, *([pytest.mark.slow] if slow else [])])
+    skip = pytest.mark.skipif(name not in RUNNING, reason=f"{name}: {why}")
+    return pytest.param(name, *more, marks=skip)
 
 
 ALL = [on(name) for name in RUNTIMES]
-FORMATS = [on(n, dtype, slow=(n, dtype) == SLOW) for n in DTYPES for dtype in DTYPES[n]]
+FORMATS = [on(n, dtype) for n in DTYPES for dtype in DTYPES[n]]
 
 
 def offered(name: str, dtype: str) -> Any:
@@ -94,8 +93,6 @@ def test_every_runtime_is_looked_at() -> None:
 def test_every_number_format_gives_pytorchs_numbers(
     name: str, dtype: str, family: str, batch: int
 ) -> None:
-    if (name, dtype) == SLOW and (family, batch) != ("efficientformer", 1):
-        pytest.skip("one is enough of what takes minutes")
     runtime = offered(name, dtype)
     network = network_of(FAMILIES[family])
     x = image_of(network, batch)

@@ -108,7 +108,7 @@ def export(
         bool, typer.Option("--dynamic-batch", help="Any batch size instead of one image.")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="fp32 or fp16; else fp16 in coreml, fp32 in the others.")
+        str | None, typer.Option(help="coreml: fp16 (default) or fp32; the others are fp32.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the image it is checked on.")] = 0,
     zoo: ZooOption = None,

@@ -21,7 +21,7 @@ def export_executorch(
     dynamic_batch: bool = False,
     dtype: str | None = None,
 ) -> float:
-    """Write `module` as an ExecuTorch program (.pte) for XNNPACK, in fp32 or fp16.
+    """Write `module` as an ExecuTorch program (.pte) for XNNPACK, in single precision.
 
     Arguments and result as in `onnx_export.export_onnx`, except that there is no dynamic batch:
     a program's memory is planned for one shape.
@@ -31,20 +31,19 @@ def export_executorch(
             dtype.
         RunFolderError: the place cannot be written.
     """
-    arithmetic = checked_dtype(path, dtype, ("fp32", "fp16"))
+    checked_dtype(path, dtype, ("fp32",))
     if dynamic_batch:
         raise ExportError(
             f"{path}: an ExecuTorch program is planned for one batch size; export it without "
             "--dynamic-batch, or as onnx or openvino"
         )
-    program = executorch_bytes(module, example, dtype=arithmetic)
+    program = executorch_bytes(module, example)
     difference = checked_difference(
         ExecuTorchSession(program, threads=1),
         reference or module,
         example,
         path=path,
         runtime="ExecuTorch",
-        dtype=arithmetic,
     )
     atomic_write_bytes(Path(path), program)
     return difference

@@ -31,8 +31,7 @@ def export_network(
         format: "onnx" (checked in ONNX Runtime), "openvino", "executorch" (XNNPACK) or "coreml" (a
             folder; checked on macOS).
         dynamic_batch: let the file take any batch size instead of one image; onnx and openvino.
-        dtype: number format, "fp32" or, in executorch and coreml, "fp16"; by default fp16 in coreml
-            and fp32 in the others.
+        dtype: number format: "fp16" (default) or "fp32" in coreml, "fp32" in the others.
         seed: seed of the random image the outputs are compared on.
 
     Returns:
