@@ -31,8 +31,8 @@ class ExecuTorchRuntime(Configured):
     ExecuTorch's thread pool belongs to the process, so that sessions that are open at the same
     time run on the same number of threads.
 
-    No fp16: XNNPACK's gives wrong numbers for whole networks on x86. No int8: lowering takes minutes
-    per network, and ViTs come out far off.
+    No fp16: XNNPACK's gives wrong numbers for whole networks on x86. No int8: lowering takes
+    minutes per network, and ViTs come out far off.
     """
 
     library: ClassVar[str] = "executorch"
