@@ -1,8 +1,8 @@
 """What is written down runs: every code block of the README and the docs.
 
 `slimnas` commands run in a working directory like a reader's, except that `search` stops where
-training would start, and `latency` commands where timing or its results would be needed. Shell commands that set the project
-up are what CI runs from the README.
+training would start, and `latency` commands where timing or its results would be needed. Shell
+commands that set the project up are what CI runs from the README.
 """
 
 from __future__ import annotations
