@@ -27,8 +27,8 @@ from typing import Any, Protocol
 
 KIT_SCHEMA = "slimnas/latency-kit/1"
 RESULTS_SCHEMA = "slimnas/latency-kit-results/1"
-FIRST_WAIT_S = 0.05
-LONGEST_WAIT_S = 0.5
+FIRST_WAIT_S = 0.02
+LONGEST_WAIT_S = 0.1
 """Waits after rejected rounds, each twice the one before."""
 WINDOW = 101
 """Reference timings that the running median looks back on."""
@@ -172,7 +172,7 @@ class Rounds:
                     f"{self._protocol['patience_s']:g} s; leave the device alone (other programs, "
                     "heat, power saving) and start the same command again, it goes on here"
                 )
-            # What disturbs may end meanwhile; a lasting change is followed in half a minute.
+            # What disturbs may end meanwhile; a lasting change is followed in seconds.
             self._sleep(wait_s)
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         return done

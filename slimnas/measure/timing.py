@@ -24,10 +24,10 @@ Call = Callable[[], object]
 WINDOW = 101
 """Reference timings that the running median looks back on."""
 
-FIRST_WAIT_S = 0.05
-LONGEST_WAIT_S = 0.5
+FIRST_WAIT_S = 0.02
+LONGEST_WAIT_S = 0.1
 """Waits after rejected rounds, each twice the one before: what disturbs may end meanwhile, and the
-running median, which follows a lasting change, does so in half a minute and not at once."""
+running median, which follows a lasting change, does so in some seconds and not at once."""
 
 BUSY = 1.2
 """Working threads per thread given, beyond which a runtime uses more than it was given."""
