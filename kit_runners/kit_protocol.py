@@ -27,8 +27,6 @@ from typing import Any, Protocol
 
 KIT_SCHEMA = "slimnas/latency-kit/1"
 RESULTS_SCHEMA = "slimnas/latency-kit-results/1"
-FIRST_WAIT_S = 0.02
-LONGEST_WAIT_S = 0.1
 """Waits after rejected rounds, each twice the one before."""
 WINDOW = 101
 """Reference timings that the running median looks back on."""
@@ -130,7 +128,6 @@ class Rounds:
         protocol: the manifest's, as changed by options.
         reference: the reference network, loaded.
         clock: seconds, to give up on a device that never stands still.
-        sleep: waits that many seconds.
     """
 
     def __init__(
@@ -138,12 +135,10 @@ class Rounds:
         protocol: Mapping[str, Any],
         reference: Visit,
         clock: Callable[[], float] = time.perf_counter,
-        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._protocol = protocol
         self._reference = reference
         self._clock = clock
-        self._sleep = sleep
         self._paces: deque[float] = deque(maxlen=WINDOW)
 
     def prime(self, paces_ms: Sequence[float] = (), visits: int = WINDOW) -> None:
@@ -159,11 +154,11 @@ class Rounds:
             KitError: no round was accepted for `patience_s`.
         """
         done: list[dict[str, Any]] = []
-        quiet, wait_s = self._clock(), FIRST_WAIT_S
+        quiet = self._clock()
         while sum(one["accepted"] for one in done) < self._protocol["rounds"]:
             done.append(self._round(visits, rng))
             if done[-1]["accepted"]:
-                quiet, wait_s = self._clock(), FIRST_WAIT_S
+                quiet = self._clock()
                 continue
             if self._clock() - quiet > self._protocol["patience_s"]:
                 raise KitError(
@@ -172,9 +167,6 @@ class Rounds:
                     f"{self._protocol['patience_s']:g} s; leave the device alone (other programs, "
                     "heat, power saving) and start the same command again, it goes on here"
                 )
-            # What disturbs may end meanwhile; a lasting change is followed in seconds.
-            self._sleep(wait_s)
-            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         return done
 
     def _round(self, visits: Sequence[Visit], rng: random.Random) -> dict[str, Any]:

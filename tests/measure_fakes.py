@@ -109,10 +109,7 @@ class FakeMachine:
 
     @property
     def clocks(self) -> Clocks:
-        def sleep(seconds: float) -> None:
-            self.now += seconds
-
-        return Clocks(lambda: self.now, lambda: self.now, lambda: self.now * self.threads, sleep)
+        return Clocks(lambda: self.now, lambda: self.now, lambda: self.now * self.threads)
 
     def spend(self, ms: float) -> None:
         self.now += ms * self.pace(self.now) * (1 + abs(self.rng.gauss(0, self.noise))) / 1e3

@@ -63,7 +63,7 @@ def test_rounds_are_those_of_slimnas_itself(noise: float) -> None:
     wall = second.clocks.wall
     reference, *terms = calls(second)
     timed = run_kit.Timed(reference, plain, wall)
-    rounds = kit_protocol.Rounds(plain, timed, wall, second.clocks.sleep)
+    rounds = kit_protocol.Rounds(plain, timed, wall)
     rounds.prime()
     found = [
         rounds.time([run_kit.Timed(t, plain, wall) for t in terms], "x", random.Random(i))
@@ -92,9 +92,7 @@ def test_a_device_that_never_stands_still(kit: FakeKit) -> None:
         return [rng.choice((1.0, 2.0, 3.0)) if primed else 1.0]
 
     primed = False
-    rounds = kit_protocol.Rounds(
-        {**QUICK.to_dict(), "rounds": 99}, visit, machine.clocks.wall, machine.clocks.sleep
-    )
+    rounds = kit_protocol.Rounds({**QUICK.to_dict(), "rounds": 99}, visit, machine.clocks.wall)
     rounds.prime()
     primed = True
     with pytest.raises(kit_protocol.KitError, match=r"entry x: .* start the same command again"):

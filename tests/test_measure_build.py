@@ -281,7 +281,7 @@ def test_real_build_prices_its_space(tmp_path: Path, backend: str) -> None:
     space = tmp_path / "small.yaml"
     space.write_text(SMALL_SPACE)
     arguments = ["--backend", backend, "--space", str(space), "--rounds", "1", "--clock", "cpu"]
-    arguments += ["--networks", "4", "--held-out", "6"]
+    arguments += ["--networks", "4", "--held-out", "6", "--precision", "100"]
     result = CliRunner().invoke(_app(), [*arguments, "--output", str(tmp_path / "here"), "--json"])
     assert result.exit_code == 0, result.output
     body = json.loads(result.stdout)

@@ -232,7 +232,7 @@ def test_real_build_prices_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     Path("model.yaml").write_text(SMALL_MODELS["vit"])
     arguments = ["build", "--model", "model.yaml", "--rounds", "1", "--clock", "cpu"]
-    arguments += ["--networks", "4", "--held-out", "6"]
+    arguments += ["--networks", "4", "--held-out", "6", "--precision", "100"]
     result = CliRunner().invoke(app, [*arguments, "--device", "here", "--json"])
     assert result.exit_code == 0, result.output
     body = json.loads(result.stdout)

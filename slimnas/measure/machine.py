@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+LOOK_S = 0.2
+"""How long to look at the cores before the calmest are chosen."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +64,34 @@ def temperature_celsius() -> float | None:
 
 @contextlib.contextmanager
 def pinned(threads: int) -> Iterator[None]:
-    """Keep this thread, and those it starts, on the last `threads` cores it may use.
+    """Keep this thread, and those it starts, on the `threads` cores that are least busy now.
 
-    The first ones get most of what else a machine does. Where the system has no such thing, or
-    there are fewer cores, nothing is changed.
+    Where the system has no such thing, or there are fewer cores, nothing is changed.
     """
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
     usable = os.sched_getaffinity(0)
     if threads < len(usable):
-        os.sched_setaffinity(0, sorted(usable)[-threads:])
+        idle = _idle_ticks()
+        time.sleep(LOOK_S)
+        now = _idle_ticks()
+        calm = sorted(usable, key=lambda core: (now.get(core, 0) - idle.get(core, 0), core))
+        os.sched_setaffinity(0, calm[-threads:])
     try:
         yield
     finally:
         os.sched_setaffinity(0, usable)
+
+
+def _idle_ticks() -> dict[int, int]:
+    """Clock ticks that every core has been idle; none where they cannot be read."""
+    try:
+        lines = Path("/proc/stat").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    cores = (line.split() for line in lines if line.startswith("cpu"))
+    return {int(core[0][3:]): int(core[4]) for core in cores if core[0] != "cpu"}
 
 
 def _cores() -> int:

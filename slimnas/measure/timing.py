@@ -24,23 +24,17 @@ Call = Callable[[], object]
 WINDOW = 101
 """Reference timings that the running median looks back on."""
 
-FIRST_WAIT_S = 0.02
-LONGEST_WAIT_S = 0.1
-"""Waits after rejected rounds, each twice the one before: what disturbs may end meanwhile, and the
-running median, which follows a lasting change, does so in some seconds and not at once."""
-
 BUSY = 1.2
 """Working threads per thread given, beyond which a runtime uses more than it was given."""
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """Seconds of the wall, of CPU time of this thread and of the process; and how to wait."""
+    """Seconds of the wall, of CPU time of this thread, and of CPU time of the process."""
 
     wall: Callable[[], float] = time.perf_counter
     thread: Callable[[], float] = time.thread_time
     process: Callable[[], float] = time.process_time
-    sleep: Callable[[float], None] = time.sleep
 
 
 @dataclass(frozen=True)
@@ -200,16 +194,13 @@ class Stopwatch:
         repeats = [self._warm_up(call) for call in calls]
         done: list[Round] = []
         wall = self._clocks.wall
-        quiet, wait_s = wall(), FIRST_WAIT_S
+        quiet = wall()
         while sum(one.accepted for one in done) < self.protocol.rounds:
             done.append(self._round(calls, repeats, rng))
             if done[-1].accepted:
-                quiet, wait_s = wall(), FIRST_WAIT_S
-                continue
-            if wall() - quiet > self.protocol.patience_s:
+                quiet = wall()
+            elif wall() - quiet > self.protocol.patience_s:
                 raise LatencyTableError(self._too_busy(name))
-            self._clocks.sleep(wait_s)
-            wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         return tuple(done)
 
     def _round(self, calls: Sequence[Call], repeats: Sequence[int], rng: random.Random) -> Round:
