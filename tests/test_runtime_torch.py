@@ -64,7 +64,7 @@ class Small(nn.Module):
 
     def __init__(self, factor: float) -> None:
         super().__init__()
-        self.factor = nn.Parameter(torch.tensor(factor))
+        self.factor = nn.Parameter(torch.tensor(float(factor)))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.factor).relu()
