@@ -65,7 +65,7 @@ from slimnas.measure.results import (
     timings,
     usual_pace,
 )
-from slimnas.measure.schedule import Networks, Schedule
+from slimnas.measure.schedule import Networks, timed_plan
 from slimnas.measure.scope import SpaceScope
 from slimnas.measure.timing import Protocol
 from slimnas.measure.validate import (
@@ -126,16 +126,14 @@ def build_stage(settings: Settings, runtime: Runtime, folder: Path) -> Built:
         build_table(job, runtime, progress=show)
         show(1, 1, "written")
     header, visits = read_journal(job.output / SAMPLES_FILE)
-    schedule = Schedule(job.scope, job.protocol, Networks(**header["networks"]))
-    if any(True for _ in schedule.missing(visits)):
-        raise SystemExit(f"{job.output}: incomplete; remove it to build it again")
-    found = timings(schedule.plan.entries, visits)
+    plan = timed_plan(job.scope, job.protocol, Networks(**header["networks"]), visits)
+    found = timings(plan.entries, visits)
     return Built(
         table=LatencyTable.load(job.output),
         record=BuildRecord.load(job.output),
-        prior=make_prior(schedule.plan, found),
-        networks=network_timings(schedule.plan.calibration, found),
-        plan=schedule.plan,
+        prior=make_prior(plan, found),
+        networks=network_timings(plan.calibration, found),
+        plan=plan,
         seconds=sum(json.loads(seconds.read_text(encoding="utf-8"))),
     )
 

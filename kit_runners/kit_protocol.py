@@ -121,6 +121,23 @@ def sha256_of(path: Path) -> str | None:
     return found.hexdigest()
 
 
+def checked_kit(given: argparse.Namespace, file_format: str) -> Kit | None:
+    """Open the kit of a command line and check its files; none if that was all that was asked.
+
+    Raises:
+        KitError: it holds other files than the runner's, or one that is not what the manifest says.
+    """
+    kit = Kit.load(given.kit)
+    if kit.manifest["format"] != file_format:
+        raise KitError(f"{given.kit}: holds {kit.manifest['format']} files; use its own runner")
+    say(f"checking {len(kit.files)} files")
+    kit.check_files()
+    if given.check:
+        say("all files are what the manifest says")
+        return None
+    return kit
+
+
 class Rounds:
     """Times networks by the protocol.
 

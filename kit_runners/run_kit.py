@@ -19,10 +19,10 @@ from statistics import median
 from typing import Any
 
 from kit_protocol import (
-    Kit,
     KitError,
     Results,
     Visit,
+    checked_kit,
     common_options,
     header_of,
     main_of,
@@ -186,13 +186,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(given: argparse.Namespace) -> None:
     """Do what the command line asks."""
-    kit = Kit.load(given.kit)
-    if kit.manifest["format"] != "onnx":
-        raise KitError(f"{given.kit}: holds {kit.manifest['format']} files; use its own runner")
-    say(f"checking {len(kit.files)} files")
-    kit.check_files()
-    if given.check:
-        say("all files are what the manifest says")
+    kit = checked_kit(given, "onnx")
+    if kit is None:
         return
     providers = [one.strip() for one in given.providers.split(",") if one.strip()]
     if given.threads < 1 or not providers:

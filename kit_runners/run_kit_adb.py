@@ -24,6 +24,7 @@ from kit_protocol import (
     KitError,
     Results,
     Visit,
+    checked_kit,
     common_options,
     header_of,
     main_of,
@@ -187,13 +188,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(given: argparse.Namespace) -> None:
     """Do what the command line asks."""
-    kit = Kit.load(given.kit)
-    if kit.manifest["format"] != "executorch":
-        raise KitError(f"{given.kit}: holds {kit.manifest['format']} files; use its own runner")
-    say(f"checking {len(kit.files)} files")
-    kit.check_files()
-    if given.check:
-        say("all files are what the manifest says")
+    kit = checked_kit(given, "executorch")
+    if kit is None:
         return
     if given.runner is None or not given.runner.is_file():
         raise KitError("--runner must be ExecuTorch's executor_runner, built for the phone")

@@ -28,6 +28,7 @@ from kit_protocol import (
     KitError,
     Results,
     Visit,
+    checked_kit,
     common_options,
     header_of,
     main_of,
@@ -249,13 +250,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(given: argparse.Namespace) -> None:
     """Do what the command line asks."""
-    kit = Kit.load(given.kit)
-    if kit.manifest["format"] != "coreml":
-        raise KitError(f"{given.kit}: holds {kit.manifest['format']} files; use its own runner")
-    say(f"checking {len(kit.files)} files")
-    kit.check_files()
-    if given.check:
-        say("all files are what the manifest says")
+    kit = checked_kit(given, "coreml")
+    if kit is None:
         return
     if platform.system() != "Darwin":
         raise KitError("Core ML runs on a Mac, or on a device connected to one; copy the kit there")

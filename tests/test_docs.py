@@ -44,7 +44,7 @@ LONG_MEASURING = (
     "build.build_table",
     "build.build_shard",
     "shards.merge",
-    "validate.require_measured_here",
+    "local.require_measured_here",
     "kit.kit_runtime",
     "imported.import_results",
 )

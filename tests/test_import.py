@@ -250,7 +250,7 @@ def test_other_tables_are_kept(kit: FakeKit, tmp_path: Path) -> None:
     path = kit.run(tmp_path / "results.jsonl")
     built = imported(tmp_path, path)
     before = (built.path / "table.csv").read_bytes()
-    with pytest.raises(LatencyTableError, match=r"holds an imported table; .* --force"):
+    with pytest.raises(LatencyTableError, match=r"holds a finished imported table .*--force"):
         imported(tmp_path, path)
     assert (built.path / "table.csv").read_bytes() == before
     assert imported(tmp_path, path, force=True).table.rows

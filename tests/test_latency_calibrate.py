@@ -74,7 +74,9 @@ def test_a_table_from_two_columns(zoo_points: str, here: Path) -> None:
     assert table.device.errors[0].mape_percent < 6
     assert table.device.sources == ("simulated",)
     assert refit(folder)[0].rows == table.rows  # from its own files, without the zoo
-    with pytest.raises(LatencyTableError, match=r"phone: has a table already; give --force"):
+    with pytest.raises(
+        LatencyTableError, match=r"phone: holds a finished estimated table .*--force"
+    ):
         run("--points", zoo_points, "--device", "phone", "--model", "processor")
     run("--points", zoo_points, "--device", "phone", "--model", "processor", "--force")
 

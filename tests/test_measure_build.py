@@ -163,7 +163,7 @@ def test_finished_table_is_kept_unless_forced(tmp_path: Path) -> None:
     wanted = job(tmp_path / "fake")
     measure(wanted, FakeMachine())
     before = (tmp_path / "fake" / "table.csv").read_bytes()
-    with pytest.raises(LatencyTableError, match=r"holds a finished table .*--force"):
+    with pytest.raises(LatencyTableError, match=r"holds a finished measured table .*--force"):
         measure(wanted, FakeMachine(noise=0.01))
     assert (tmp_path / "fake" / "table.csv").read_bytes() == before
     measure(replace(wanted, force=True), FakeMachine(noise=0.01))

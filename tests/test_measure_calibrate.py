@@ -16,7 +16,7 @@ from slimnas.arch.walk import Component, walk
 from slimnas.errors import MissingLatencyError
 from slimnas.latency import OVERHEAD, LatencyTable, estimate, latency_ms, price_key
 from slimnas.measure import calibrate as calibrate_module
-from slimnas.measure.calibrate import NetworkTiming, _Problem, calibrate, calibrated, row_shares
+from slimnas.measure.calibrate import NetworkTiming, _Problem, calibrate, row_shares
 from slimnas.measure.plan import make_plan
 from slimnas.measure.results import Timing, make_prior
 from slimnas.measure.scope import SpaceScope
@@ -72,7 +72,7 @@ def worst(table: LatencyTable, seen: list[NetworkTiming]) -> float:
 
 def test_networks_that_agree_change_nothing() -> None:
     before = prior()
-    after = calibrated(before, measured(networks(20), part_ms))
+    after = calibrate(before, measured(networks(20), part_ms)).table
     assert [row.key for row in after.rows] == [row.key for row in before.rows]
     for row in after.rows:
         assert row.latency_ms == pytest.approx(before.by_key[row.key].latency_ms, rel=0.02)
@@ -83,7 +83,7 @@ def test_networks_that_agree_change_nothing() -> None:
 def test_known_distortion_is_taken_out(noise: float, allowed: float) -> None:
     seen = measured(networks(40), colder, noise=noise)
     fresh = measured(networks(30, seed=2), colder)
-    table = calibrated(prior(), seen)
+    table = calibrate(prior(), seen).table
     assert worst(prior(), fresh) > 0.1
     assert worst(table, fresh) < allowed
 
@@ -130,7 +130,7 @@ def test_correction_is_the_ridge_of_its_formula() -> None:
 
 def test_prices_stay_positive_whatever_the_networks_say() -> None:
     seen = measured(networks(30), lambda part: part_ms(part) * (0.02 if part.stage else 2.0))
-    table = calibrated(prior(), seen)
+    table = calibrate(prior(), seen).table
     for row in table.rows:
         before = prior().by_key[row.key].latency_ms
         assert (

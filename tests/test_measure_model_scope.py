@@ -223,7 +223,7 @@ def test_space_and_model_exclude_each_other(tmp_path: Path) -> None:
     both = ["build", "--space", "efficientformer_tiny", "--model", "x.yaml"]
     result = CliRunner().invoke(app, [*both, "--output", str(tmp_path / "here")])
     assert result.exit_code == 2
-    assert "give --space or --model, not both" in " ".join(result.output.split())
+    assert "give --space or --model, and not both" in " ".join(result.output.split())
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimnas.cli.latency_options import Clock, chosen_scope, progress_bar
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 
 if TYPE_CHECKING:
     from slimnas.measure.build import BuiltShard, BuiltTable
     from slimnas.measure.schedule import Shard
-    from slimnas.measure.scope import Scope
-    from slimnas.measure.visits import Progress
 
 
 DEFAULT_SPACE = "efficientformer_tiny"
@@ -30,13 +27,6 @@ class Backend(str, Enum):
     EXECUTORCH = "executorch"
     TORCH = "torch"
     COREML = "coreml"
-
-
-class Clock(str, Enum):
-    """What tells the time."""
-
-    WALL = "wall"
-    CPU = "cpu"
 
 
 def build(
@@ -119,7 +109,7 @@ def build(
 
     job = BuildJob(
         output=output or table_folders()[0] / device,
-        scope=_scope(space, model),
+        scope=chosen_scope(space or (None if model else DEFAULT_SPACE), model),
         protocol=Protocol(clock=clock.value, rounds=rounds, precision=precision / 100, seed=seed),
         batch=batch,
         networks=Networks(networks, held_out),
@@ -174,46 +164,6 @@ def _print_shard(built: BuiltShard, as_json: bool) -> None:
         note(f"went on after {built.resumed} visits of an interrupted build")
     typer.echo(f"shard {built.shard}: {built.visits} visits in {shown_path(built.path)}")
     typer.echo("when all are done: slimnas latency merge FOLDER FOLDER ... --device NAME")
-
-
-def _scope(space: str | None, model: str | None) -> Scope:
-    from slimnas.arch.space import SearchSpace
-    from slimnas.measure.model_scope import ModelScope
-    from slimnas.measure.scope import SpaceScope
-    from slimnas.zoo.registry import get
-
-    if model is None:
-        return SpaceScope(SearchSpace.load(space or DEFAULT_SPACE))
-    if space is not None:
-        raise typer.BadParameter("give --space or --model, not both", param_hint="'--model'")
-    return ModelScope(get(model).architecture)
-
-
-@contextlib.contextmanager
-def progress_bar(doing: str) -> Iterator[Progress]:
-    """A bar with the remaining time on a terminal, a line every tenth in a log."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn(doing),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Bar(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(done: int, planned: int, what: str) -> None:
-            bar.update(task, completed=done, total=planned, description=what)
-            if not console.is_terminal and done % max(planned // 10, 1) == 0:
-                note(f"{doing} {done}/{planned}: {what}")
-
-        yield show
 
 
 def built_summary(built: BuiltTable) -> dict[str, Any]:

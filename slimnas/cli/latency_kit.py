@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from slimnas.cli.latency_build import _scope, progress_bar
+from slimnas.cli.latency_options import chosen_scope, progress_bar
 from slimnas.cli.output import JsonOption, print_json, shown_path
 
 
@@ -62,12 +62,10 @@ def kit(
     from slimnas.measure.kit import KitJob, kit_runtime, make_kit
     from slimnas.measure.timing import Protocol
 
-    if space is None and model is None:
-        raise typer.BadParameter("give --space or --model", param_hint="'--space'")
     job = KitJob(
         output=output,
         device=device,
-        scope=_scope(space, model),
+        scope=chosen_scope(space, model),
         file_format=file_format.value,
         protocol=Protocol(seed=seed),
         batch=batch,

@@ -6,31 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import TaskID
 
-from slimnas.cli.bars import RunProgress
-from slimnas.cli.latency_build import Clock
+from slimnas.cli.latency_options import Clock, chosen_scope, progress_bar
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 
 if TYPE_CHECKING:
-    from slimnas.measure.scope import Scope
     from slimnas.measure.validate import Validation
-
-
-class _Progress(RunProgress):
-    """A bar on a terminal, a line every tenth in a log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._task: TaskID | None = None
-
-    def show(self, done: int, planned: int, what: str) -> None:
-        """Say how far it is."""
-        if self._task is None:
-            self._task = self._bars.add_task("validating", total=planned, state="")
-        self._bars.update(self._task, completed=done, total=planned, state=what)
-        if done % max(planned // 10, 1) == 0:
-            self._log(f"validating {done}/{planned}: {what}")
 
 
 def validate(
@@ -70,12 +51,8 @@ def validate(
     from dataclasses import replace
 
     from slimnas.latency.devices import find_device, provenance_line
-    from slimnas.measure.validate import (
-        BuildRecord,
-        ValidateJob,
-        require_measured_here,
-        validate_table,
-    )
+    from slimnas.measure.local import BuildRecord, require_measured_here
+    from slimnas.measure.validate import ValidateJob, validate_table
     from slimnas.report.validation import validation_document, write_validation
     from slimnas.runtimes.registry import get_runtime
 
@@ -86,7 +63,7 @@ def validate(
     job = ValidateJob(
         table=table,
         record=record,
-        scope=_scope(space, model, record.scope),
+        scope=chosen_scope(space, model) if space or model else record.scope,
         output=output or Path(table.source) / "validation",
         protocol=protocol if clock is None else replace(protocol, clock=clock.value),
         networks=networks,
@@ -101,8 +78,8 @@ def validate(
         unit=info.compute_unit.partition(":")[0],
     )
     try:
-        with _Progress() as progress:
-            found = validate_table(job, runtime, progress=progress.show)
+        with progress_bar("validating") as progress:
+            found = validate_table(job, runtime, progress=progress)
     except KeyboardInterrupt:
         note(f"what was timed is kept in {job.output}; the same command goes on there")
         raise
@@ -113,19 +90,6 @@ def validate(
         return
     _print(found)
     typer.echo(f"written: {', '.join(files)}")
-
-
-def _scope(space: str | None, model: str | None, built: Scope) -> Scope:
-    from slimnas.arch.space import SearchSpace
-    from slimnas.measure.model_scope import ModelScope
-    from slimnas.measure.scope import SpaceScope
-    from slimnas.zoo.registry import get
-
-    if space is not None and model is not None:
-        raise typer.BadParameter("give --space or --model, not both", param_hint="'--model'")
-    if space is not None:
-        return SpaceScope(SearchSpace.load(space))
-    return built if model is None else ModelScope(get(model).architecture)
 
 
 def _print(found: Validation) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from slimnas.cli.latency_build import Clock
+from slimnas.cli.latency_options import Clock
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 from slimnas.cli.prune_inputs import Asked, check_before, open_inputs
 from slimnas.cli.prune_rules import rules

@@ -11,11 +11,12 @@ from pathlib import Path
 from slimnas import __version__
 from slimnas.arch.documents import parse_spec
 from slimnas.errors import LatencyTableError, SpecError
+from slimnas.latency.devices import refuse_taken
 from slimnas.latency.fit import Fit, fit_points, fitted_table, save_fitted
 from slimnas.latency.keys import INTERPOLATED_FIELDS
 from slimnas.latency.points import Point
 from slimnas.latency.rows import PriceRow
-from slimnas.latency.table import DEVICE_FILE, DeviceInfo, FitInfo, LatencyTable
+from slimnas.latency.table import DeviceInfo, FitInfo, LatencyTable
 
 UNKNOWN = "unknown"
 WORDS = ("soc", "os", "compute_unit", "dtype", "protocol")
@@ -85,10 +86,9 @@ def save_calibrated(calibrated: Calibrated, folder: Path, *, force: bool = False
     """Write the table, its points and its leave-one-out errors.
 
     Raises:
-        LatencyTableError: there is a table already and `force` is off.
+        LatencyTableError: see `refuse_taken`.
     """
-    if (folder / DEVICE_FILE).exists() and not force:
-        raise LatencyTableError(f"{folder}: has a table already; give --force to replace it")
+    refuse_taken(folder, "estimated", force=force)
     save_fitted(calibrated.table, calibrated.fit, folder)
 
 

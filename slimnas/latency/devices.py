@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slimnas._resources import data_dir
 from slimnas.errors import LatencyTableError, suggest
-from slimnas.latency.table import DEVICE_FILE, LatencyTable
+from slimnas.latency.table import DEVICE_FILE, DEVICE_NAME, LatencyTable
 
 VARIABLE = "SLIMNAS_LOOKUP_TABLES"
 LOCAL_FOLDER = "lookup_tables"
@@ -59,6 +60,49 @@ def find_device(name: str, folders: Sequence[Path] | None = None) -> LatencyTabl
         f"no latency table for device {name!r}{suggest(name, known)}; known devices: "
         f"{', '.join(known) or 'none'}; measure one with 'slimnas latency build --device NAME'"
     )
+
+
+def require_device_name(name: str) -> None:
+    """Refuse a name that no device can have.
+
+    Raises:
+        LatencyTableError: it is not a word of letters, digits, '.', '_' and '-'.
+    """
+    if not re.fullmatch(DEVICE_NAME, name):
+        raise LatencyTableError(
+            "a device's name, which its table's folder has, must be letters, digits, '.', '_' "
+            f"and '-', got {name!r}"
+        )
+
+
+def refuse_taken(output: Path, kind: str, *, force: bool) -> None:
+    """Refuse to write a table where it would replace or hide what it must not.
+
+    Args:
+        output: the table's folder; its name is the device's.
+        kind: of the new table.
+        force: replace a finished table of the same kind there.
+
+    Raises:
+        LatencyTableError: the name is no device's, a table of another kind has it, here or among
+            the known ones, or a finished table is there and `force` is off.
+    """
+    name = output.name
+    require_device_name(name)
+    # A table of that name elsewhere would be hidden by this one, or hide it.
+    for folder in (output, known_devices().get(name, output)):
+        if (folder / DEVICE_FILE).is_file():
+            known = LatencyTable.load(folder).device
+            if known.kind != kind:
+                raise LatencyTableError(
+                    f"{name}: is the {known.kind} table of {known.device} in {folder}; "
+                    "choose another name with --device or --output"
+                )
+    if (output / DEVICE_FILE).is_file() and not force:
+        raise LatencyTableError(
+            f"{output}: holds a finished {kind} table of {LatencyTable.load(output).device.date}; "
+            "choose another --output, or replace it with --force"
+        )
 
 
 def provenance_line(table: LatencyTable) -> str:

@@ -28,6 +28,9 @@ WHAT = "a latency table's device.yaml"
 DEVICE_FILE = "device.yaml"
 TABLE_FILE = "table.csv"
 
+DEVICE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""What a device may be called: a word that a folder can have."""
+
 Share = Annotated[float, Field(gt=0, lt=1)]
 Percent = Annotated[float, Field(ge=0)]
 
@@ -136,7 +139,7 @@ class DeviceInfo(Spec):
         model: the coefficients of that model, by feature.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=f"^{DEVICE_NAME}$")]
     device: str
     soc: str
     os: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -14,11 +13,12 @@ from typing import Any
 from slimnas._files import atomic_write_bytes
 from slimnas._lock import folder_lock
 from slimnas.errors import LatencyTableError
-from slimnas.latency.devices import known_devices
-from slimnas.latency.table import DEVICE_FILE, LatencyTable
+from slimnas.latency.devices import refuse_taken
+from slimnas.latency.table import LatencyTable
 from slimnas.measure.describe import device_info, header
 from slimnas.measure.journal import Journal, Visit
 from slimnas.measure.networks import Loader
+from slimnas.measure.plan import Plan
 from slimnas.measure.results import Check, make_table, timings
 from slimnas.measure.schedule import Networks, Schedule, Shard
 from slimnas.measure.scope import Scope
@@ -111,7 +111,7 @@ def build_table(
         schedule = _time_all(job, runtime, journal, loader, clocks, progress)
         found = header_of(job, runtime)
         table, checks = finish_table(
-            job.output, found, schedule, journal.visits, date=date.today().isoformat()
+            job.output, found, schedule.plan, journal.visits, date=date.today().isoformat()
         )
         journal.path.unlink()
     return BuiltTable(table, job.output, checks, resumed)
@@ -139,7 +139,7 @@ def build_shard(
 def finish_table(
     output: Path,
     found: Mapping[str, Any],
-    schedule: Schedule,
+    plan: Plan,
     visits: Sequence[Visit],
     *,
     date: str,
@@ -149,16 +149,16 @@ def finish_table(
     Args:
         output: the table's folder; its name is the device's.
         found: the journal's header.
-        schedule: the build's, with the plan that its visits led to.
+        plan: what the visits timed.
         visits: all of them.
         date: when they ended.
     """
-    device = device_info(output.name, found, schedule.plan, visits, date=date)
-    timed = timings(schedule.plan.entries, visits)
-    table, checks = make_table(schedule.plan, timed, device)
+    device = device_info(output.name, found, plan, visits, date=date)
+    timed = timings(plan.entries, visits)
+    table, checks = make_table(plan, timed, device)
     lines = Journal.lines(found, visits)
     atomic_write_bytes(output / SAMPLES_FILE, gzip.compress(lines, mtime=0))
-    write_summary(output, schedule.plan, timed)
+    write_summary(output, plan, timed)
     table.save(output)
     return table, checks
 
@@ -171,7 +171,8 @@ def _journal(job: BuildJob, runtime: Runtime) -> Iterator[Journal]:
             f"--clock cpu times one thread of a CPU, got {runtime.threads} on "
             f"{runtime.compute_unit}; use --threads 1 or --clock wall"
         )
-    refuse_taken(job.output, force=job.force)
+    begun = (job.output / JOURNAL_FILE).is_file()  # it goes on, beside a finished table too
+    refuse_taken(job.output, "measured", force=job.force or begun)
     with folder_lock(job.output):
         yield Journal(job.output / JOURNAL_FILE, header_of(job, runtime))
 
@@ -202,35 +203,3 @@ def _time_all(
         wanted = schedule.missing(journal.visits)
         bench.make(wanted, journal.visits, journal.append, progress)
     return schedule
-
-
-def refuse_taken(output: Path, *, force: bool) -> None:
-    """Refuse a folder that cannot become a table, or holds one that is not to be replaced.
-
-    Raises:
-        LatencyTableError: its name is no device's, a finished table is there, or one of another
-            kind has that name.
-    """
-    name = output.name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise LatencyTableError(
-            f"a device's name, which its table's folder has, must be letters, digits, '.', '_' "
-            f"and '-', got {name!r}"
-        )
-    # A table of that name elsewhere would be hidden by this one, or hide it.
-    for folder in (output, known_devices().get(name, output)):
-        if (folder / DEVICE_FILE).is_file():
-            known = LatencyTable.load(folder).device
-            if known.kind != "measured":
-                raise LatencyTableError(
-                    f"{name}: is the {known.kind} table of {known.device} in {folder}; "
-                    "choose another name with --device or --output"
-                )
-    if not (output / DEVICE_FILE).is_file() or (output / JOURNAL_FILE).is_file():
-        return
-    table = LatencyTable.load(output)
-    if not force:
-        raise LatencyTableError(
-            f"{output}: holds a finished table measured on {table.device.date}; choose "
-            "another --output, or measure it anew with --force"
-        )

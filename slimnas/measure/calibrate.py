@@ -84,11 +84,6 @@ class Calibration:
     own: float
 
 
-def calibrated(prior: LatencyTable, networks: Sequence[NetworkTiming]) -> LatencyTable:
-    """Return `prior` corrected by the latencies of whole `networks`; see `calibrate`."""
-    return calibrate(prior, networks).table
-
-
 def calibrate(prior: LatencyTable, networks: Sequence[NetworkTiming]) -> Calibration:
     """Correct the prices of `prior` by whole networks.
 

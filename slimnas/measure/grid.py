@@ -53,6 +53,11 @@ class WidthGrid:
             for group, members in self.groups.items()
         }
 
+    def every(self) -> Iterator[Component]:
+        """Yield all components, group by group."""
+        for members in self.groups.values():
+            yield from members.values()
+
     def components(self, lines: Lines) -> Iterator[Component]:
         """Yield the components on `lines`, group by group."""
         for group, members in self.groups.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,8 @@ from slimnas import __version__
 from slimnas._files import atomic_write_bytes, read_text
 from slimnas._lock import folder_lock
 from slimnas.errors import LatencyTableError, suggest
-from slimnas.latency.devices import known_devices
-from slimnas.latency.table import DEVICE_FILE, DeviceInfo, LatencyTable, RuntimeInfo
+from slimnas.latency.devices import refuse_taken
+from slimnas.latency.table import DeviceInfo, RuntimeInfo
 from slimnas.measure.build import BuiltTable
 from slimnas.measure.imported_checks import check_units
 from slimnas.measure.imported_files import FileTime, FileTimes, name_of, read_file_times
@@ -100,7 +99,7 @@ def import_results(job: ImportJob) -> BuiltTable:
             or not to be trusted, or a folder that holds another table; nothing is written then.
         RunFolderError: the folder is in use or cannot be written.
     """
-    _refuse_taken(job)
+    refuse_taken(job.output, "imported", force=job.force)
     paths = _paths(job.results)
     texts = {path: read_text(path, LatencyTableError, "latency results") for path in paths}
     own = [path for path, text in texts.items() if is_run(text)]
@@ -341,27 +340,3 @@ def _paths(results: Sequence[Path]) -> list[Path]:
     if not paths:
         raise LatencyTableError(f"{results[0]}: holds no files; give the results to import")
     return paths
-
-
-def _refuse_taken(job: ImportJob) -> None:
-    """Refuse a name that is no device's, another kind of table, or one without --force."""
-    name = job.output.name
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise LatencyTableError(
-            f"a device's name, which its table's folder has, must be letters, digits, '.', '_' "
-            f"and '-', got {name!r}"
-        )
-    # A table of that name elsewhere would be hidden by this one, or hide it.
-    for folder in (job.output, known_devices().get(name, job.output)):
-        if (folder / DEVICE_FILE).is_file():
-            known = LatencyTable.load(folder).device
-            if known.kind != "imported":
-                raise LatencyTableError(
-                    f"{name}: is the {known.kind} table of {known.device} in {folder}; choose "
-                    "another name with --device or --output"
-                )
-    if (job.output / DEVICE_FILE).is_file() and not job.force:
-        raise LatencyTableError(
-            f"{job.output}: holds an imported table; choose another --output, or replace it with "
-            "--force"
-        )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from slimnas import __version__
 from slimnas._files import atomic_write_bytes, atomic_write_text
 from slimnas._resources import data_dir
 from slimnas.errors import LatencyTableError, RunFolderError, suggest
+from slimnas.latency.devices import require_device_name
 from slimnas.measure.kit_check import checked_input
 from slimnas.measure.kit_manifest import (
     MANIFEST_FILE,
@@ -50,7 +50,6 @@ RUNTIMES = {"onnx": "onnxruntime", "coreml": "coreml", "executorch": "executorch
 
 PROTOCOL_FILE = "kit_protocol.py"
 README_FILE = "README.md"
-DEVICE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
 Progress = Callable[[int, int, str], None]
@@ -242,11 +241,7 @@ def _write_rest(folder: Path, job: KitJob, manifest: KitManifest) -> None:
 
 
 def _refuse(job: KitJob) -> None:
-    if not re.fullmatch(DEVICE_NAME, job.device):
-        raise LatencyTableError(
-            f"--device must be letters, digits, '.', '_' and '-', as the table's folder has it, "
-            f"got {job.device!r}"
-        )
+    require_device_name(job.device)
     if job.output.exists():
         raise RunFolderError(
             f"{job.output}: is there already; choose another --output, or remove it"

@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import groupby
 
 from slimnas.arch.walk import Component, component_cost
+from slimnas.measure.networks import identity
 from slimnas.measure.plan import Plan
 from slimnas.measure.scope import Parts
 
@@ -45,11 +46,6 @@ class KitNetworks:
     def stem(self, parts: Parts) -> str:
         """File name without ending of the network that computes what `parts` do."""
         return self._stems[identity(parts)]
-
-
-def identity(parts: Parts) -> Identity:
-    """What a network computes, wherever in an architecture its components stand."""
-    return tuple((part.kind, part.spec, part.input, part.output) for part in parts)
 
 
 def macs_of(parts: Parts) -> int:

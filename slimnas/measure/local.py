@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.space import SearchSpace
+from slimnas.errors import LatencyTableError
 from slimnas.latency.table import LatencyTable
 from slimnas.measure.build import SAMPLES_FILE
 from slimnas.measure.calibrate import NetworkTiming
+from slimnas.measure.describe import scope_of
+from slimnas.measure.journal import read_journal
 from slimnas.measure.machine import this_machine
 from slimnas.measure.networks import Loader
+from slimnas.measure.results import usual_pace
 from slimnas.measure.scope import Parts, Scope, SpaceScope
 from slimnas.measure.timing import Clocks, Protocol
-from slimnas.measure.validate import BuildRecord, require_measured_here, require_same_runtime
 from slimnas.measure.visits import time_networks
 from slimnas.runtimes.base import Runtime
 from slimnas.runtimes.registry import get_runtime
@@ -25,6 +28,45 @@ from slimnas.runtimes.registry import get_runtime
 PASSES = 4
 """Times a network is loaded and timed anew, at least: where it comes to lie in memory shows, and
 one network has no others to average that out."""
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """What a table's build recorded beside it.
+
+    Attributes:
+        scope: what the table covers.
+        protocol: how it was timed.
+        timed: names of the entries that were.
+        reference_ms: latency of the reference network meanwhile.
+    """
+
+    scope: Scope
+    protocol: Protocol
+    timed: frozenset[str]
+    reference_ms: float
+
+    @classmethod
+    def load(cls, folder: str | Path) -> BuildRecord:
+        """Read the samples beside a table.
+
+        Raises:
+            LatencyTableError: there are none, or they are damaged.
+        """
+        path = Path(folder) / SAMPLES_FILE
+        header, visits = read_journal(path)
+        try:
+            protocol = Protocol.from_dict(header["protocol"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LatencyTableError(
+                f"{path}: protocol: must be one of this version; build the table anew"
+            ) from error
+        return cls(
+            scope=scope_of(header, str(path)),
+            protocol=protocol,
+            timed=frozenset(visit.entry for visit in visits),
+            reference_ms=usual_pace(one for visit in visits for one in visit.rounds),
+        )
 
 
 @dataclass(frozen=True)
@@ -37,7 +79,7 @@ class LocalDevice:
         reference: the network timed around every round.
         batch: images per call.
         loader: makes networks ready to run; by default `runtime` does.
-        clocks: what tells the time.
+        clocks: what tells the time; by default the runtime's.
     """
 
     runtime: Runtime
@@ -45,7 +87,7 @@ class LocalDevice:
     reference: Parts
     batch: int = 1
     loader: Loader | None = None
-    clocks: Clocks = field(default_factory=Clocks)
+    clocks: Clocks | None = None
 
     @property
     def setup(self) -> Mapping[str, Any]:
@@ -84,6 +126,54 @@ class LocalDevice:
             clocks=self.clocks,
         )
         return timing, reference_ms
+
+
+def require_measured_here(table: LatencyTable) -> None:
+    """Refuse a table that measurements on this machine say nothing about.
+
+    Raises:
+        LatencyTableError: it is estimated or imported, of another processor, or for more threads
+            than this process may use.
+    """
+    device, machine = table.device, this_machine()
+    if device.kind != "measured":
+        raise LatencyTableError(
+            f"{device.name}: must be a table measured on this machine, is the {device.kind} table "
+            f"of {device.device}; build one with 'slimnas latency build --device NAME'"
+        )
+    if device.soc != machine.cpu:
+        raise LatencyTableError(
+            f"{device.name}: must be a table of this machine's {machine.cpu}, is of a "
+            f"{device.soc}; validate it there, or build one here with 'slimnas latency build'"
+        )
+    if (device.threads or 1) > machine.cores:
+        raise LatencyTableError(
+            f"{device.name}: is for {device.threads} threads, this process may use "
+            f"{machine.cores} cores; give it as many"
+        )
+
+
+def require_same_runtime(table: LatencyTable, runtime: Runtime) -> None:
+    """Refuse a runtime that the table's prices are not for.
+
+    Raises:
+        LatencyTableError: name, version, compute unit, number format or threads differ.
+    """
+    device = table.device
+    pairs = {
+        "runtime": (device.runtime.name, runtime.name),
+        "runtime version": (device.runtime.version, runtime.version),
+        "compute unit": (device.compute_unit, runtime.compute_unit),
+        "number format": (device.dtype, runtime.dtype),
+        "threads": (device.threads, runtime.threads),
+    }
+    for what, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise LatencyTableError(
+                f"{device.name}: was measured with {what} {theirs}, here it is {ours}; "
+                f"install what it was measured with, or build it anew with "
+                f"'slimnas latency build --device {device.name} --force'"
+            )
 
 
 def open_local(table: LatencyTable, space: SearchSpace) -> LocalDevice:

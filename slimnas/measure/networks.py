@@ -87,7 +87,10 @@ def runtime_loader(runtime: Runtime, *, batch: int = 1, exports: Path | None = N
     return load
 
 
+def identity(parts: Parts) -> tuple[object, ...]:
+    """What a network computes, wherever in an architecture its components stand."""
+    return tuple((part.kind, part.spec, part.input, part.output) for part in parts)
+
+
 def _digest(parts: Parts, batch: int) -> str:
-    """Name what the components compute, wherever they stand in a network."""
-    what = [(part.kind, part.spec, part.input, part.output) for part in parts]
-    return sha256(f"{what} {batch}".encode()).hexdigest()
+    return sha256(f"{identity(parts)} {batch}".encode()).hexdigest()

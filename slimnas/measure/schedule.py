@@ -19,7 +19,7 @@ from slimnas.latency.keys import PriceKey
 from slimnas.measure.calibrate import calibrate
 from slimnas.measure.grid import Lines
 from slimnas.measure.journal import Visit
-from slimnas.measure.plan import Entry, entries_for, make_plan, network_entry
+from slimnas.measure.plan import Entry, Plan, entries_for, make_plan, network_entry
 from slimnas.measure.results import Timing, make_prior, network_timings, timings
 from slimnas.measure.scope import Scope
 from slimnas.measure.timing import Protocol
@@ -71,6 +71,45 @@ class Shard:
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
+
+
+def timed_plan(
+    scope: Scope, protocol: Protocol, networks: Networks, visits: Sequence[Visit]
+) -> Plan:
+    """Return what a finished build timed, whatever version of `Schedule` decided on it.
+
+    Args:
+        scope: what the table covers.
+        protocol: the build's.
+        networks: the build's.
+        visits: all of them.
+
+    Raises:
+        LatencyTableError: the visits are of other things than this version would time.
+    """
+    grid = scope.grid()
+    names = {visit.entry for visit in visits}
+    plan = make_plan(
+        scope,
+        chains=protocol.chains,
+        calibration=MOST if networks.calibration is None else networks.calibration,
+        held_out=networks.held_out,
+        seed=protocol.seed,
+        components=None if grid is None else grid.every(),
+    )
+    known = {entry.name for entry in plan.entries}
+    foreign = sorted(names - known)
+    if foreign or plan.nothing.name not in names:
+        what = f"hold {foreign[0]!r}" if foreign else f"lack {plan.nothing.name!r}"
+        raise LatencyTableError(
+            f"samples must be of a build by this version, these {what}; measure the table anew"
+        )
+    return replace(
+        plan,
+        components=tuple(one for one in plan.components if one.name in names),
+        calibration=tuple(one for one in plan.calibration if network_entry(one).name in names),
+        held_out=tuple(one for one in plan.held_out if network_entry(one).name in names),
+    )
 
 
 class Schedule:

@@ -9,17 +9,17 @@ from typing import Any
 
 from slimnas._lock import folder_lock
 from slimnas.errors import LatencyTableError
+from slimnas.latency.devices import refuse_taken
 from slimnas.latency.table import LatencyTable
 from slimnas.measure.build import (
     JOURNAL_FILE,
     SAMPLES_FILE,
     BuiltTable,
     finish_table,
-    refuse_taken,
 )
 from slimnas.measure.describe import scope_of
 from slimnas.measure.journal import Visit, difference, read_journal
-from slimnas.measure.schedule import Networks, Schedule, Shard
+from slimnas.measure.schedule import Networks, Schedule, Shard, timed_plan
 from slimnas.measure.timing import Protocol
 
 
@@ -37,7 +37,7 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Buil
         LatencyTableError: a folder without a journal, parts of different builds (another runtime
             version or machine, ...), a part twice or missing, or an unfinished one.
     """
-    refuse_taken(output, force=force)
+    refuse_taken(output, "measured", force=force)
     parts: dict[int, tuple[Path, dict[str, Any], list[Visit]]] = {}
     for folder in folders:
         found, visits = read_journal(folder / JOURNAL_FILE)
@@ -69,7 +69,7 @@ def merge(folders: Sequence[Path], output: Path, *, force: bool = False) -> Buil
     header = {**_common(first), "shards": of}
     with folder_lock(output):
         table, checks = finish_table(
-            output, header, schedule, joined, date=date.today().isoformat()
+            output, header, schedule.plan, joined, date=date.today().isoformat()
         )
     return BuiltTable(table, output, checks, 0)
 
@@ -85,27 +85,29 @@ def recompute(folder: Path) -> BuiltTable:
     """
     known = LatencyTable.load(folder).device
     found, visits = read_journal(folder / SAMPLES_FILE)
-    schedule = _schedule(found, folder, Shard(1, int(found.get("shards", 1))))
-    if "shards" not in found:
-        _require_complete(schedule, visits, folder)
+    protocol, networks = _settings(found, folder)
+    plan = timed_plan(scope_of(found, str(folder)), protocol, networks, visits)
     if folder.resolve().name != known.name:
         raise LatencyTableError(
             f"{folder}: must have the name of its device, {known.name!r}; rename the folder"
         )
     with folder_lock(folder):
-        table, checks = finish_table(folder.resolve(), found, schedule, visits, date=known.date)
+        table, checks = finish_table(folder.resolve(), found, plan, visits, date=known.date)
     return BuiltTable(table, folder, checks, 0)
 
 
 def _schedule(found: Mapping[str, Any], folder: Path, shard: Shard) -> Schedule:
+    protocol, networks = _settings(found, folder)
+    return Schedule(scope_of(found, str(folder)), protocol, networks, shard)
+
+
+def _settings(found: Mapping[str, Any], folder: Path) -> tuple[Protocol, Networks]:
     try:
-        protocol = Protocol.from_dict(found["protocol"])
-        networks = Networks(**found["networks"])
+        return Protocol.from_dict(found["protocol"]), Networks(**found["networks"])
     except (KeyError, TypeError, ValueError) as error:
         raise LatencyTableError(
             f"{folder}: the journal's header is damaged ({error}); measure the table anew"
         ) from error
-    return Schedule(scope_of(found, str(folder)), protocol, networks, shard)
 
 
 def _require_complete(schedule: Schedule, visits: Sequence[Visit], folder: Path) -> None:

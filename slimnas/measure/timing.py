@@ -96,7 +96,8 @@ class Protocol:
             f"{self.passes} passes of "
             f"{self.rounds} rounds in shuffled order, a reference network around each; rounds "
             f"with a reference more than {100 * self.max_drift:g} % from its running median "
-            "rejected, the others scaled by it; median over rounds, spread is the IQR"
+            "rejected, the others scaled by it, those at another pace altogether left out; median "
+            "over rounds, spread is the IQR"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,10 +17,8 @@ from slimnas.errors import LatencyTableError
 from slimnas.latency.estimate import estimate
 from slimnas.latency.rows import rows_to_csv
 from slimnas.latency.table import ErrorFigure, LatencyTable
-from slimnas.measure.build import SAMPLES_FILE
-from slimnas.measure.describe import scope_of
-from slimnas.measure.journal import Journal, Visit, read_journal
-from slimnas.measure.machine import this_machine
+from slimnas.measure.journal import Journal, Visit
+from slimnas.measure.local import BuildRecord, require_measured_here, require_same_runtime
 from slimnas.measure.networks import Loader
 from slimnas.measure.plan import network_entry
 from slimnas.measure.results import Check, error_figure, timings, usual_pace
@@ -30,45 +28,6 @@ from slimnas.measure.visits import Progress, in_passes, open_bench
 from slimnas.runtimes.base import Runtime
 
 JOURNAL_FILE = "journal.jsonl"
-
-
-@dataclass(frozen=True)
-class BuildRecord:
-    """What a table's build recorded beside it.
-
-    Attributes:
-        scope: what the table covers.
-        protocol: how it was timed.
-        timed: names of the entries that were.
-        reference_ms: latency of the reference network meanwhile.
-    """
-
-    scope: Scope
-    protocol: Protocol
-    timed: frozenset[str]
-    reference_ms: float
-
-    @classmethod
-    def load(cls, folder: str | Path) -> BuildRecord:
-        """Read the samples beside a table.
-
-        Raises:
-            LatencyTableError: there are none, or they are damaged.
-        """
-        path = Path(folder) / SAMPLES_FILE
-        header, visits = read_journal(path)
-        try:
-            protocol = Protocol.from_dict(header["protocol"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise LatencyTableError(
-                f"{path}: protocol: must be one of this version; build the table anew"
-            ) from error
-        return cls(
-            scope=scope_of(header, str(path)),
-            protocol=protocol,
-            timed=frozenset(visit.entry for visit in visits),
-            reference_ms=usual_pace(one for visit in visits for one in visit.rounds),
-        )
 
 
 @dataclass(frozen=True)
@@ -124,54 +83,6 @@ class Validation:
         if not self.halves_ms:
             return None
         return 100 * fmean(abs(second / first - 1) for first, second in self.halves_ms)
-
-
-def require_measured_here(table: LatencyTable) -> None:
-    """Refuse a table that measurements on this machine say nothing about.
-
-    Raises:
-        LatencyTableError: it is estimated or imported, of another processor, or for more threads
-            than this process may use.
-    """
-    device, machine = table.device, this_machine()
-    if device.kind != "measured":
-        raise LatencyTableError(
-            f"{device.name}: must be a table measured on this machine, is the {device.kind} table "
-            f"of {device.device}; build one with 'slimnas latency build --device NAME'"
-        )
-    if device.soc != machine.cpu:
-        raise LatencyTableError(
-            f"{device.name}: must be a table of this machine's {machine.cpu}, is of a "
-            f"{device.soc}; validate it there, or build one here with 'slimnas latency build'"
-        )
-    if (device.threads or 1) > machine.cores:
-        raise LatencyTableError(
-            f"{device.name}: is for {device.threads} threads, this process may use "
-            f"{machine.cores} cores; give it as many"
-        )
-
-
-def require_same_runtime(table: LatencyTable, runtime: Runtime) -> None:
-    """Refuse a runtime that the table's prices are not for.
-
-    Raises:
-        LatencyTableError: name, version, compute unit, number format or threads differ.
-    """
-    device = table.device
-    pairs = {
-        "runtime": (device.runtime.name, runtime.name),
-        "runtime version": (device.runtime.version, runtime.version),
-        "compute unit": (device.compute_unit, runtime.compute_unit),
-        "number format": (device.dtype, runtime.dtype),
-        "threads": (device.threads, runtime.threads),
-    }
-    for what, (theirs, ours) in pairs.items():
-        if theirs != ours:
-            raise LatencyTableError(
-                f"{device.name}: was measured with {what} {theirs}, here it is {ours}; "
-                f"install what it was measured with, or build it anew with "
-                f"'slimnas latency build --device {device.name} --force'"
-            )
 
 
 def validate_table(
