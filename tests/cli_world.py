@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from made_up_device import made_up_device
 
 from slimnas.arch.space import SearchSpace
 from slimnas.arch.walk import component_cost
 from slimnas.cli.main import main
 from slimnas.latency import OVERHEAD, LatencyTable, PriceRow, price_key, space_components
-from slimnas.latency.table import DeviceInfo, RuntimeInfo
 
 SPACE = """\
 schema: slimnas/search-space/1
@@ -63,20 +63,7 @@ def lay_out(folder: Path) -> None:
 
 def save_table(folder: Path, *spaces: SearchSpace) -> None:
     """Write a table that prices every component of the spaces."""
-    device = DeviceInfo(
-        name=folder.name,
-        device="a test bench",
-        soc="none",
-        os="none",
-        runtime=RuntimeInfo(name="closed form", version="1"),
-        compute_unit="CPU",
-        dtype="fp32",
-        threads=1,
-        protocol="1 ms per 10 million MACs",
-        date="2026-01-01",
-        tool_version="slimnas 0",
-        kind="measured",
-    )
+    device = made_up_device(folder.name, protocol="1 ms per 10 million MACs")
     components = (part for space in spaces for part in space_components(space))
     prices = {price_key(part): 1e-7 * component_cost(part).macs for part in components}
     rows = [PriceRow(key, ms, 0.001, 9, "measured") for key, ms in prices.items()]

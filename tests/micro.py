@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from made_up_device import made_up_device
+
 from slimnas.arch.space import IDENTITY, SearchSpace, Selection
 from slimnas.arch.walk import component_cost
 from slimnas.latency.keys import price_key
 from slimnas.latency.rows import PriceRow
 from slimnas.latency.spaces import space_components
-from slimnas.latency.table import DeviceInfo, LatencyTable, RuntimeInfo
+from slimnas.latency.table import LatencyTable
 from slimnas.search.importance import ImportanceRecord
 from slimnas.search.slimming import Slimmer
 
@@ -114,17 +116,5 @@ def made_up_table(space: SearchSpace) -> LatencyTable:
         key = price_key(component)
         ms = 0.003 + component_cost(component).macs / 20e6
         rows[key] = PriceRow(key, ms, 0.01 * ms, 9, "measured")
-    device = DeviceInfo(
-        name="made-up",
-        device="none",
-        soc="none",
-        os="none",
-        runtime=RuntimeInfo(name="none", version="1"),
-        compute_unit="cpu",
-        dtype="fp32",
-        protocol="closed form",
-        date="2025-01-01",
-        tool_version="slimnas 0",
-        kind="measured",
-    )
+    device = made_up_device("made-up", protocol="closed form")
     return LatencyTable(device, tuple(rows.values()))

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 
 import pytest
+from made_up_device import made_up_device
 from measure_fakes import small_space
 
 from slimnas.cli.main import main
 from slimnas.latency import (
-    DeviceInfo,
     LatencyTable,
     PriceKey,
     PriceRow,
@@ -19,24 +19,10 @@ from slimnas.latency import (
 )
 from slimnas.latency.regime import StageRegime, regimes
 from slimnas.latency.spaces import space_components
-from slimnas.latency.table import RuntimeInfo
 
 WIDTHS = (128, 160, 256, 400, 512)
 
-DEVICE = DeviceInfo(
-    name="bench",
-    device="a test bench",
-    soc="none",
-    os="none",
-    runtime=RuntimeInfo(name="pencil", version="2B"),
-    compute_unit="CPU",
-    dtype="fp32",
-    threads=1,
-    protocol="by hand",
-    date="2026-01-01",
-    tool_version="slimnas 0",
-    kind="measured",
-)
+DEVICE = made_up_device()
 
 
 def table_of(prices: dict[PriceKey, float]) -> LatencyTable:

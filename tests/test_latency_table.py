@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_up_device import made_up_device
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.walk import walk
 from slimnas.errors import LatencyTableError
 from slimnas.latency import (
     OVERHEAD,
-    DeviceInfo,
     LatencyTable,
     PriceKey,
     PriceRow,
@@ -22,22 +22,8 @@ from slimnas.latency import (
     provenance_line,
 )
 from slimnas.latency.keys import parse_fields
-from slimnas.latency.table import RuntimeInfo
 
-DEVICE = DeviceInfo(
-    name="bench",
-    device="a test bench",
-    soc="none",
-    os="none",
-    runtime=RuntimeInfo(name="pencil", version="2B"),
-    compute_unit="CPU",
-    dtype="fp32",
-    threads=1,
-    protocol="by hand",
-    date="2026-01-01",
-    tool_version="slimnas 0",
-    kind="measured",
-)
+DEVICE = made_up_device()
 BLOCK = PriceKey("block", "mb4d", (("ffn_dim", 64),), "7x7", 16, 16)
 
 

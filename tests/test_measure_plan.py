@@ -6,29 +6,17 @@ import random
 from itertools import pairwise
 
 import pytest
+from made_up_device import made_up_device
 from measure_fakes import cost_ms, part_ms
 
 from slimnas.arch.space import SearchSpace
 from slimnas.arch.walk import walk
-from slimnas.latency import DeviceInfo, LatencyTable, PriceRow, missing_components, price_key
+from slimnas.latency import LatencyTable, PriceRow, missing_components, price_key
 from slimnas.latency.spaces import space_components
-from slimnas.latency.table import RuntimeInfo
 from slimnas.measure.plan import make_plan
 from slimnas.measure.scope import WIDTH_RATIO, SpaceScope, knots
 
-DEVICE = DeviceInfo(
-    name="fake",
-    device="fake",
-    soc="fake",
-    os="fake",
-    runtime=RuntimeInfo(name="fake", version="1"),
-    compute_unit="cpu",
-    dtype="fp32",
-    protocol="fake",
-    date="2026-11-21",
-    tool_version="0",
-    kind="measured",
-)
+DEVICE = made_up_device("fake")
 
 
 def count_keys(space: SearchSpace) -> int:

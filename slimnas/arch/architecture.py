@@ -97,11 +97,7 @@ class StageSpec(Spec):
         width = info.data.get("width")
         if width is None:
             return blocks
-        return tuple(
-            block.model_copy(update={"repeat": 1, "ffn_dim": block.hidden(width)})
-            for block in blocks
-            for _ in range(block.repeat)
-        )
+        return tuple(block.filled(width) for block in blocks for _ in range(block.repeat))
 
 
 class Architecture(Spec):
@@ -170,6 +166,19 @@ class Architecture(Spec):
                     f"stages[{index}].downsample: must be left out after a vit_stem, whose class "
                     "token would be lost"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_take_their_maps(self) -> Architecture:
+        shape = self.stem.output_shape(self.input.shape)
+        for index, stage in enumerate(self.stages):
+            if stage.downsample is not None:
+                shape = stage.downsample.output_shape(shape, stage.width)
+            for number, block in enumerate(stage.blocks):
+                try:
+                    block.check(shape)
+                except ValueError as error:
+                    raise ValueError(f"stages[{index}].blocks[{number}]: {error}") from error
         return self
 
     @classmethod

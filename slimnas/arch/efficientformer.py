@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from slimnas.arch.block import Block
 from slimnas.arch.documents import Spec
 from slimnas.arch.shapes import Cost, FeatureShape, operator_cost
 
@@ -70,7 +71,7 @@ class Conv3x3(Spec):
         return operator_cost(weights + 3 * width, weights * out.positions, width * out.positions)
 
 
-class MB4D(Spec):
+class MB4D(Block):
     """Pool mixer and convolutional FFN, both residual with layer scale, on (B, C, H, W).
 
     `ffn_dim` is filled in as 4 x the stage's width where a file leaves it out.
@@ -92,7 +93,7 @@ class MB4D(Spec):
         return self.ffn_dim or MLP_RATIO * width
 
 
-class MB3D(Spec):
+class MB3D(Block):
     """Attention with a learned bias per offset, and FFN, both residual, on tokens (B, N, C)."""
 
     type: Literal["mb3d"] = "mb3d"

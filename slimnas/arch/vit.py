@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from slimnas.arch.block import Block
 from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import MLP_RATIO, MOST, Count
 from slimnas.arch.shapes import NO_COST, Cost, FeatureShape, operator_cost
@@ -21,7 +22,7 @@ Width = Annotated[int, Field(strict=True, ge=0, le=MOST)]
 """Like `Count`, but zero is allowed and means that the part is not there."""
 
 
-class TransformerBlock(Spec):
+class TransformerBlock(Block):
     """Attention and FFN sub-layers, both pre-norm and residual; base of ViT's and Swin's.
 
     `heads: 0` leaves the attention sub-layer out (its `qk_dim` and `v_dim` are 0 then),

@@ -14,9 +14,8 @@ from slimnas.errors import MissingLatencyError
 from slimnas.latency.keys import OVERHEAD, PriceKey, price_key, price_keys, price_parts
 from slimnas.latency.prices import Price, PriceKind
 from slimnas.latency.spaces import space_components
-from slimnas.latency.table import LatencyTable
+from slimnas.latency.table import LEVEL, LatencyTable
 
-DEFAULT_LEVEL = 0.9
 NAMED = 3
 """Missing components named in an error line; the rest are counted."""
 
@@ -182,7 +181,7 @@ def _row(name: str, key: PriceKey, price: Price) -> PricedComponent:
 
 def _level(table: LatencyTable) -> float:
     interval = table.device.interval
-    return DEFAULT_LEVEL if interval is None else interval.level
+    return LEVEL if interval is None else interval.level
 
 
 def _interval_ms(

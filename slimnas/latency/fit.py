@@ -52,7 +52,6 @@ LEFT_OUT_COLUMNS = (
     "left_out_error_percent",
 )
 FAMILY = ("efficientformer_l1", "efficientformer_l3", "efficientformer_l7")
-LEVEL = 0.9
 FEWEST = 3
 """Points without which leaving one out says nothing, even beside a prior."""
 
@@ -263,21 +262,10 @@ def error_figures(fit: Fit) -> tuple[ErrorFigure, ...]:
 
 
 def interval(fit: Fit) -> IntervalInfo:
-    """Symmetric relative interval from the leave-one-out residuals.
-
-    The half-width is the split-conformal quantile of |published / estimated - 1|: the
-    ceil((n + 1) x level)-th smallest, the largest where n is too small for the level, and the
-    level is then n / (n + 1).
-    """
-    sizes = np.sort(np.abs(1 / (1 + fit.residuals()) - 1))
-    count = len(sizes)
-    rank = min(math.ceil((count + 1) * LEVEL - 1e-9), count)
-    half = round(100 * float(sizes[rank - 1]), 1)
-    return IntervalInfo(
-        level=round(min(LEVEL, count / (count + 1)), 3),
-        low_percent=min(half, 99.9),
-        high_percent=half,
-        basis=f"the {rank}-th smallest of {count} leave-one-out errors |published / estimated - 1|",
+    """Symmetric relative interval from the leave-one-out residuals."""
+    errors = [float(error) for error in 1 / (1 + fit.residuals()) - 1]
+    return IntervalInfo.conformal(
+        errors, "leave-one-out errors |published / estimated - 1|", digits=1
     )
 
 

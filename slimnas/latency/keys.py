@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from slimnas.arch.block import Block
 from slimnas.arch.documents import Spec
-from slimnas.arch.efficientformer import MB3D, MB4D, LinearHead
+from slimnas.arch.efficientformer import LinearHead
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.swin import SwinBlock
 from slimnas.arch.vit import TransformerBlock
@@ -119,13 +120,10 @@ def price_key(component: Component) -> PriceKey:
 
 def _fields(spec: Spec, shape: FeatureShape) -> dict[str, FieldValue]:
     left_out = _IN_WIDTHS | (_FREE if isinstance(spec, LinearHead) else set())
-    # a table knows numbers and words: true is written as 1
     values: dict[str, Any] = {
-        name: int(value) if isinstance(value, bool) else value
-        for name, value in spec
-        if name not in left_out
+        name: _plain(value) for name, value in spec if name not in left_out and value is not None
     }
-    if isinstance(spec, (MB4D, MB3D, TransformerBlock)):
+    if isinstance(spec, Block):
         values["ffn_dim"] = spec.hidden(shape.channels)
     if not isinstance(spec, TransformerBlock):
         return values
@@ -135,6 +133,13 @@ def _fields(spec: Spec, shape: FeatureShape) -> dict[str, FieldValue]:
         values["shift"] = max(spec.shifts(shape))  # none where the window is the whole map
     absent = WITHOUT_FFN.keys() if spec.heads else {*WITHOUT_ATTENTION, *_OF_ATTENTION}
     return {name: value for name, value in values.items() if name not in absent}
+
+
+def _plain(value: Any) -> FieldValue:
+    """A table knows numbers and words: true is written as 1, a list as 7-5-3."""
+    if isinstance(value, tuple):
+        return "-".join(str(_plain(each)) for each in value)
+    return value if isinstance(value, str) else int(value)
 
 
 def _resolution(shape: FeatureShape) -> str:

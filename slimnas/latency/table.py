@@ -7,7 +7,8 @@ priced component.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,9 @@ from slimnas.latency.rows import PriceRow, parse_rows, rows_to_csv
 
 SCHEMA = "slimnas/latency-table/1"
 WHAT = "a latency table's device.yaml"
+LEVEL = 0.9
+"""Share of networks that a stated interval is meant to hold."""
+
 DEVICE_FILE = "device.yaml"
 TABLE_FILE = "table.csv"
 
@@ -100,6 +104,30 @@ class IntervalInfo(Spec):
     low_percent: Annotated[float, Field(ge=0, lt=100)]
     high_percent: Percent
     basis: str
+
+    @classmethod
+    def conformal(cls, errors: Sequence[float], what: str, *, digits: int = 3) -> IntervalInfo:
+        """Interval from the errors of estimates of networks that the prices had not seen.
+
+        Its half-width is the split-conformal quantile of their sizes: the
+        ceil((n + 1) x `LEVEL`)-th smallest, the largest where n is too small for the level, and
+        the level is then n / (n + 1).
+
+        Args:
+            errors: latency / estimate - 1; at least one.
+            what: what they are, for `basis`.
+            digits: of the percentages.
+        """
+        sizes = sorted(map(abs, errors))
+        count = len(sizes)
+        rank = min(math.ceil((count + 1) * LEVEL - 1e-9), count)
+        half = round(100 * sizes[rank - 1], digits)
+        return cls(
+            level=round(min(LEVEL, count / (count + 1)), 3),
+            low_percent=min(half, 99.9),
+            high_percent=half,
+            basis=f"the {rank}-th smallest of {count} {what}",
+        )
 
 
 class FitInfo(Spec):

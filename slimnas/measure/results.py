@@ -16,15 +16,19 @@ from slimnas.errors import LatencyTableError
 from slimnas.latency.estimate import estimate
 from slimnas.latency.keys import OVERHEAD
 from slimnas.latency.rows import DIGITS, PriceRow
-from slimnas.latency.table import DeviceInfo, ErrorFigure, IntervalInfo, LatencyTable, RuntimeInfo
+from slimnas.latency.table import (
+    LEVEL,
+    DeviceInfo,
+    ErrorFigure,
+    IntervalInfo,
+    LatencyTable,
+    RuntimeInfo,
+)
 from slimnas.measure.calibrate import Calibration, NetworkTiming, calibrate
 from slimnas.measure.journal import Visit
 from slimnas.measure.monotone import falling
 from slimnas.measure.plan import Entry, Plan, network_entry
 from slimnas.measure.timing import Round
-
-LEVEL = 0.9
-"""Share of networks that the stated interval is meant to hold."""
 
 FEWEST = 3
 """Fewer whole networks than this correct nothing."""
@@ -247,22 +251,13 @@ def error_figure(checks: Sequence[Check], what: str) -> ErrorFigure:
 def interval(checks: Sequence[Check]) -> IntervalInfo | None:
     """Relative interval of an estimate from networks that the table had not seen.
 
-    The half-width is the split-conformal quantile of |measured / predicted - 1|: the
-    ceil((n + 1) x level)-th smallest, the largest where n is too small for the level, and the
-    level is then n / (n + 1). None from fewer than two networks.
+    None from fewer than two networks.
     """
-    count = len(checks)
-    if count < 2:
+    if len(checks) < 2:
         return None
-    sizes = sorted(abs(check.measured_ms / check.predicted_ms - 1) for check in checks)
-    rank = min(math.ceil((count + 1) * LEVEL - 1e-9), count)
-    half = round(100 * sizes[rank - 1], 3)
-    return IntervalInfo(
-        level=round(min(LEVEL, count / (count + 1)), 3),
-        low_percent=min(half, 99.9),
-        high_percent=half,
-        basis=f"the {rank}-th smallest of {count} errors |measured / predicted - 1| of networks "
-        "the prices had not seen",
+    errors = [check.measured_ms / check.predicted_ms - 1 for check in checks]
+    return IntervalInfo.conformal(
+        errors, "errors |measured / predicted - 1| of networks the prices had not seen"
     )
 
 

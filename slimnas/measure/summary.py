@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slimnas._files import atomic_write_text
+from slimnas.latency.table import LEVEL
 from slimnas.measure.plan import Plan
-from slimnas.measure.results import LEVEL, Timing
+from slimnas.measure.results import Timing
 
 SUMMARY_FILE = "timings.csv"
 COLUMNS = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,10 @@ from slimnas.arch import efficientformer as specs
 from slimnas.arch.documents import Spec
 from slimnas.arch.walk import Component
 from slimnas.errors import InputSizeError
+from slimnas.nn.layers import LayerScale, frozen, initialised, into_layer, with_norm
 from slimnas.nn.layout import Layout, is_tracing, to_tokens
 from slimnas.nn.makers import Maker
 
-LayerT = TypeVar("LayerT", nn.Linear, nn.Conv2d)
-
-LAYER_SCALE_INIT = 1e-5
-LINEAR_INIT_STD = 0.02
 NORM_EPS = 1e-5
 """LayerNorm's and BatchNorm's; both are torch's defaults, written out because weights need it."""
 
@@ -57,6 +54,11 @@ class ConvStem(nn.Module):
         out: Tensor = self.act(self.norm2(self.conv2(x)))
         return out
 
+    def fold_(self) -> None:
+        """Fold both BatchNorms."""
+        self.conv1, self.norm1 = with_norm(self.conv1, self.norm1)
+        self.conv2, self.norm2 = with_norm(self.conv2, self.norm2)
+
 
 class Conv3x3(nn.Module):
     """Downsampling between stages: 3x3 stride-2 convolution and BN, no activation."""
@@ -75,20 +77,9 @@ class Conv3x3(nn.Module):
         out: Tensor = self.norm(self.conv(x))
         return out
 
-
-class LayerScale(nn.Module):
-    """A learned factor per channel of tokens (..., C) or, with `layout="map"`, of (B, C, H, W)."""
-
-    gamma: nn.Parameter
-
-    def __init__(self, width: int, layout: Layout) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), LAYER_SCALE_INIT))
-        self.shape = (width, 1, 1) if layout == "map" else (width,)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale `x` channel by channel."""
-        return x * self.gamma.view(self.shape)
+    def fold_(self) -> None:
+        """Fold BatchNorm."""
+        self.conv, self.norm = with_norm(self.conv, self.norm)
 
 
 class PoolMixer(nn.Module):
@@ -126,6 +117,11 @@ class ConvFFN(nn.Module):
         out: Tensor = self.norm2(self.fc2(x))
         return out
 
+    def fold_(self) -> None:
+        """Fold both BatchNorms."""
+        self.fc1, self.norm1 = with_norm(self.fc1, self.norm1)
+        self.fc2, self.norm2 = with_norm(self.fc2, self.norm2)
+
 
 class MB4D(nn.Module):
     """Pool mixer and convolutional FFN, both residual with layer scale, on maps (B, C, H, W).
@@ -153,6 +149,11 @@ class MB4D(nn.Module):
         x = x + self.ls1(self.token_mixer(x))
         out: Tensor = x + self.ls2(self.mlp(x))
         return out
+
+    def fold_(self) -> None:
+        """Fold the second layer scale, which needs the FFN's BatchNorm folded before."""
+        self.mlp.fold_()
+        self.ls2 = into_layer(self.ls2, self.mlp.fc2)
 
 
 class Attention(nn.Module):
@@ -273,6 +274,11 @@ class MB3D(nn.Module):
         out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
         return out
 
+    def fold_(self) -> None:
+        """Fold both layer scales."""
+        self.ls1 = into_layer(self.ls1, self.token_mixer.proj)
+        self.ls2 = into_layer(self.ls2, self.mlp.fc2)
+
 
 class LinearHead(nn.Module):
     """LayerNorm over channels, mean over positions, linear classifier; a second if distilled.
@@ -305,6 +311,16 @@ class LinearHead(nn.Module):
             return logits
         distilled: Tensor = self.head_dist(pooled)
         return (logits, distilled) if self.training else (logits + distilled) / 2
+
+    def fold_(self) -> None:
+        """Make one classifier of two."""
+        if self.head_dist is None:
+            return
+        assert self.head.bias is not None
+        assert self.head_dist.bias is not None
+        self.head.weight = frozen((self.head.weight + self.head_dist.weight) / 2)
+        self.head.bias = frozen((self.head.bias + self.head_dist.bias) / 2)
+        self.head_dist = None
 
 
 def offset_index(rows: int, columns: int) -> Tensor:
@@ -366,11 +382,3 @@ MAKERS: Mapping[type[Spec], Maker] = MappingProxyType(
     }
 )
 """How a component of this family becomes a module; `slimnas.nn.build` joins the families."""
-
-
-def initialised(layer: LayerT) -> LayerT:
-    """Truncated normal weights and zero biases, as the released code starts its 1x1 layers."""
-    nn.init.trunc_normal_(layer.weight, std=LINEAR_INIT_STD)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
-    return layer

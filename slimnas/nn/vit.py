@@ -19,7 +19,7 @@ from slimnas.arch import vit as specs
 from slimnas.arch.documents import Spec
 from slimnas.arch.walk import Component
 from slimnas.errors import InputSizeError
-from slimnas.nn.efficientformer import LINEAR_INIT_STD, initialised
+from slimnas.nn.layers import LINEAR_INIT_STD, initialised
 from slimnas.nn.layout import Layout, is_tracing, to_tokens
 from slimnas.nn.makers import Maker
 from slimnas.nn.transformer import TransformerBlock

@@ -24,7 +24,7 @@ from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import PruneError, suggest
 from slimnas.nn.build import Network
-from slimnas.nn.efficientformer import LayerScale
+from slimnas.nn.layers import LayerScale
 from slimnas.nn.layout import as_layout, layout_of, to_tokens
 from slimnas.nn.swin import WindowAttention
 from slimnas.prune.apply import survivors

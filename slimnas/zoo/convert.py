@@ -12,18 +12,26 @@ from torch import Tensor
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.documents import Spec
-from slimnas.arch.efficientformer import ConvStem
-from slimnas.arch.swin import SwinStem
-from slimnas.arch.vit import ViTStem
+from slimnas.arch.efficientformer import MB3D, MB4D
+from slimnas.arch.swin import SwinBlock
+from slimnas.arch.vit import ViTBlock
 from slimnas.errors import WeightsError
 from slimnas.zoo import keys_efficientformer, keys_swin, keys_vit
 from slimnas.zoo.keymap import KeyLayout, KeyMap
 from slimnas.zoo.state import check_state
 
 KEY_MAPS: Mapping[type[Spec], KeyMap] = MappingProxyType(
-    {ConvStem: keys_efficientformer.KEYS, ViTStem: keys_vit.KEYS, SwinStem: keys_swin.KEYS}
+    {
+        MB4D: keys_efficientformer.KEYS,
+        MB3D: keys_efficientformer.KEYS,
+        ViTBlock: keys_vit.KEYS,
+        SwinBlock: keys_swin.KEYS,
+    }
 )
-"""Stem -> names of its family; a new family adds its own line here."""
+"""First block -> names of its family; a new family adds its own lines here."""
+
+NOBODYS = KeyMap("such", "slimnas", lambda state: "slimnas", lambda state, *_: dict(state))
+"""Of networks that nobody else has."""
 
 
 def detect_layout(
@@ -34,7 +42,7 @@ def detect_layout(
     Raises:
         WeightsError: nobody's that the architecture's family knows.
     """
-    keys = KEY_MAPS[type(architecture.stem)]
+    keys = _key_map(architecture)
     layout = keys.detect(state)
     if layout is None:
         names = ", ".join(list(state)[:10]) or "none"
@@ -64,5 +72,9 @@ def convert_state_dict(
     """
     layout = detect_layout(state, architecture, source=source)
     if layout != "slimnas":
-        state = KEY_MAPS[type(architecture.stem)].rename(state, architecture, layout)
+        state = _key_map(architecture).rename(state, architecture, layout)
     return check_state(state, architecture, source=source)
+
+
+def _key_map(architecture: Architecture) -> KeyMap:
+    return KEY_MAPS.get(type(architecture.stages[0].blocks[0]), NOBODYS)
