@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.documents import Spec
+from slimnas.arch.features import FeatureInfo, feature_info
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import InputSizeError, SpecError
@@ -72,8 +73,23 @@ class Backbone(nn.Module):
             layout_of(block) == "tokens" for stage in self._stages() for block in stage.blocks
         )
 
+    @property
+    def feature_info(self) -> tuple[FeatureInfo, ...]:
+        """Channels, stride and module of every map of `forward_features`."""
+        return feature_info(self.architecture)
+
+    def last_features(self, x: Tensor) -> Tensor:
+        """Map images (B, c, H, W) to what the head takes: the last stage's map or tokens.
+
+        Raises:
+            InputSizeError: no such batch, or attention blocks and another image size.
+        """
+        for out in self._stage_outputs(x):
+            x = out
+        return x
+
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """Map images (B, c, H, W) to each stage's map; four stages have strides 4, 8, 16, 32.
+        """Map images (B, c, H, W) to each stage's map, which `feature_info` describes.
 
         Raises:
             InputSizeError: no such batch, or attention blocks and another image size.
@@ -138,9 +154,7 @@ class Network(Backbone):
         Raises:
             InputSizeError: no such batch, or attention blocks and another image size.
         """
-        for out in self._stage_outputs(x):
-            x = out
-        logits: Tensor | tuple[Tensor, Tensor] = self.head(x)
+        logits: Tensor | tuple[Tensor, Tensor] = self.head(self.last_features(x))
         return logits
 
 

@@ -128,18 +128,38 @@ def adapt_state_dict(
     Raises:
         WeightsError: the two differ in more than their input, or a tensor to resize is missing.
     """
+    adapted = dict(state)
+    for name, resize in resizings(source=source, target=target).items():
+        if name not in state:
+            raise WeightsError(f"weights of {source.name}: {name} is missing")
+        adapted[name] = resize(state[name])
+    return adapted
+
+
+def resizings(
+    *, source: Architecture, target: Architecture
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return how to resize each tensor whose shape depends on the input size, by its name.
+
+    Gradients flow through all of them.
+
+    Raises:
+        WeightsError: the two networks differ in more than their input.
+    """
     if source.with_resolution(target.input.resolution) != target:
         raise WeightsError(
             f"weights of {source.name} cannot move to {target.name}: the two must differ in "
             "input resolution only"
         )
-    adapted = dict(state)
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
     for before, after in zip(walk(source), walk(target), strict=True):
         resizer = RESIZERS.get(type(before.spec))
         if resizer is None or (isinstance(before.spec, SwinBlock) and not before.spec.heads):
             continue
-        name = f"{before.name}.{resizer[0]}"
-        if name not in state:
-            raise WeightsError(f"weights of {source.name}: {name} is missing")
-        adapted[name] = resizer[1](state[name], before, after)
-    return adapted
+        tensor, resize = resizer
+        found[f"{before.name}.{tensor}"] = _between(resize, before, after)
+    return found
+
+
+def _between(resize: Resizer, before: Component, after: Component) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: resize(tensor, before, after)
