@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("convert",)
+_MODULES = ("convert", "integrations")
 
 
 def __getattr__(name: str) -> Any:

@@ -64,7 +64,7 @@ COMMANDS = {
         "--runtime --runtime-version --soc --threads RESULTS"
     ),
     "slimnas zoo": "",
-    "slimnas zoo list": "--json --zoo",
+    "slimnas zoo list": "--family --json --zoo PATTERN",
     "slimnas zoo show": "--json --zoo MODEL",
     "slimnas zoo add": "--json --name --zoo RUN",
     "slimnas zoo export": (

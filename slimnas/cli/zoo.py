@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,11 +35,20 @@ class Format(str, Enum):
 
 
 @app.command("list")
-def list_models(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
-    """List the published models and those of your zoo."""
+def list_models(
+    pattern: Annotated[
+        str, typer.Argument(help="Only names that match, with wildcards: 'efficient*'.")
+    ] = "*",
+    family: Annotated[
+        str | None, typer.Option(help="Only this family: deit, efficientvit, ...")
+    ] = None,
+    zoo: ZooOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the published models and those of your zoo, with published accuracy and speed."""
     from slimnas.zoo.registry import list_entries
 
-    listing = list_entries(zoo)
+    listing = list_entries(zoo, pattern=pattern, family=family)
     for folder, reason in listing.damaged:
         note(f"skipped {folder}: {reason}")
     rows = [_summary(entry) for entry in listing.entries]
@@ -45,12 +56,10 @@ def list_models(zoo: ZooOption = None, as_json: JsonOption = False) -> None:
         damaged = [{"folder": shown_path(path), "error": why} for path, why in listing.damaged]
         print_json({"entries": rows, "damaged": damaged})
         return
-    width = max(len(row["name"]) for row in rows)
-    typer.echo(f"{'name':<{width}}  {'params':>12}  {'MACs':>15}  source")
-    for row in rows:
-        typer.echo(
-            f"{row['name']:<{width}}  {row['params']:>12,}  {row['macs']:>15,}  {row['source']}"
-        )
+    if not rows:
+        note(f"no model matches {pattern!r}; slimnas zoo list shows all")
+        return
+    typer.echo("\n".join(_table(rows)))
 
 
 @app.command()
@@ -158,13 +167,56 @@ def _export_path(entry: Entry, file_format: Format) -> Path:
 
 def _summary(entry: Entry) -> dict[str, Any]:
     from slimnas.arch.cost import cost
+    from slimnas.zoo.create import published_weights
+    from slimnas.zoo.metrics import TOP1, speeds
+    from slimnas.zoo.registry import family_of
 
     counted = cost(entry.architecture)
-    published = "download" if entry.source == "built-in" else None
+    on_hub = "repository" in (published_weights(entry) or {})
+    top1 = entry.metrics.get(TOP1)
+    speed = next(iter(speeds(entry.metrics)), None)
     return {
         "name": entry.name,
+        "family": family_of(entry.name),
         "params": counted.params,
         "macs": counted.macs,
+        "top1": None if top1 is None else asdict(top1),
+        "latency": None
+        if speed is None
+        else {
+            "metric": speed.name,
+            "device": speed.device,
+            "unit": speed.unit,
+            **asdict(speed.metric),
+        },
         "source": entry.source,
-        "weights": published if entry.weights is None else shown_path(entry.weights),
+        "weights": shown_path(entry.weights) if entry.weights else "download" if on_hub else None,
     }
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines: one model each, then where the published numbers come from."""
+    notes: dict[str, int] = {}
+
+    def noted(number: Mapping[str, Any] | None, unit: str) -> str:
+        if number is None:
+            return "-"
+        mark = notes.setdefault(number["provenance"], len(notes) + 1)
+        return f"{number['value']:,g}{unit} [{mark}]"
+
+    cells = [("name", "params", "MACs", "top-1", "latency or throughput", "source")]
+    for row in rows:
+        speed = row["latency"]
+        unit = "" if speed is None else f" {speed['unit']} {speed['device']}".rstrip()
+        published = noted(row["top1"], ""), noted(speed, unit)
+        cells.append(
+            (row["name"], f"{row['params']:,}", f"{row['macs']:,}", *published, row["source"])
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    aligned = ("<", ">", ">", ">", "<", "<")
+    for line in cells:
+        parts = zip(line, aligned, widths, strict=True)
+        yield "  ".join(f"{cell:{side}{width}}" for cell, side, width in parts).rstrip()
+    yield ""
+    for text, mark in notes.items():
+        yield f"[{mark}] {text}"

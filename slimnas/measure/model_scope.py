@@ -1,7 +1,8 @@
 """The scope of a pruner: everything that one model may become when its blocks are narrowed.
 
-Widths inside the blocks (heads, QK and V width, FFN width) vary between 1 and the model's;
-sub-layers and blocks may be gone. The width of the stages stays.
+The FFN width of every block varies between 1 and the model's, and so do heads, QK and V width of
+the blocks that a pruner narrows there; sub-layers and blocks may be gone. Fields of other kinds,
+and the width of the stages, stay.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from slimnas.arch.architecture import AnyBlock, Architecture
-from slimnas.arch.efficientformer import MB3D, MB4D
+from slimnas.arch.architecture import Architecture
+from slimnas.arch.block import Block
+from slimnas.arch.efficientformer import MB3D
 from slimnas.arch.swin import SwinBlock
-from slimnas.arch.vit import TransformerBlock, ViTBlock
+from slimnas.arch.vit import TransformerBlock
 from slimnas.arch.walk import Component, walk
 from slimnas.latency.keys import WITHOUT_ATTENTION, WITHOUT_FFN
 from slimnas.measure.scope import Parts, class_counts, first_blocks, knots
@@ -71,7 +73,7 @@ class ModelScope:
         """Yield stem, downsamples and head, and the blocks of each stage at a grid of widths."""
         places = defaultdict(list)
         for part in walk(self.model):
-            if isinstance(part.spec, (MB4D, MB3D, ViTBlock, SwinBlock)):
+            if isinstance(part.spec, Block):
                 places[_place(part, part.spec)].append(part)
             else:
                 yield from class_counts(part)
@@ -97,27 +99,32 @@ class ModelScope:
     def reference(self, rng: random.Random) -> Parts:
         """The last block at a quarter of its widths, with the head."""
         *_, block, head = (part for part in walk(self.model) if part.kind in ("block", "head"))
-        assert isinstance(block.spec, AnyBlock)
+        assert isinstance(block.spec, Block)
         widths = _widths(block.spec, block.input.channels)
         quarter = {name: -(-width // 4) for name, width in widths.items()}
         return replace(block, spec=block.spec.model_copy(update=quarter)), head
 
 
-def _place(part: Component, spec: AnyBlock) -> tuple[object, ...]:
+def _place(part: Component, spec: Block) -> tuple[object, ...]:
     """What pruning leaves alone; blocks of one place are timed as one."""
-    window = (spec.window, max(spec.shifts(part.input))) if isinstance(spec, SwinBlock) else ()
-    return part.stage, part.input, spec.type, window
+    varied = {*_widths(spec, part.input.channels), "repeat"}
+    fixed = {name: value for name, value in spec if name not in varied}
+    if isinstance(spec, SwinBlock):
+        fixed["shift"] = max(spec.shifts(part.input))
+    return part.stage, part.input, tuple(sorted(fixed.items()))
 
 
-def _widths(spec: AnyBlock, width: int) -> Widths:
+def _widths(spec: Block, width: int) -> Widths:
     """What pruning narrows, as far as the block has it."""
-    heads = {} if isinstance(spec, MB4D) else {n: getattr(spec, n) for n in WITHOUT_ATTENTION}
-    return {**heads, "ffn_dim": spec.hidden(width)}
+    ffn = {"ffn_dim": spec.hidden(width)}
+    if not isinstance(spec, (MB3D, TransformerBlock)):
+        return ffn
+    return {**{name: getattr(spec, name) for name in WITHOUT_ATTENTION}, **ffn}
 
 
-def _variants(blocks: Sequence[Component]) -> Iterator[AnyBlock]:
+def _variants(blocks: Sequence[Component]) -> Iterator[Block]:
     """Blocks of one place at the widths to time, up to the widest of each."""
-    specs = [part.spec for part in blocks if isinstance(part.spec, AnyBlock)]
+    specs = [part.spec for part in blocks if isinstance(part.spec, Block)]
     spec, width = specs[0], blocks[0].input.channels
     given = [_widths(one, width) for one in specs]
     most = {name: max(widths[name] for widths in given) for name in given[0]}
@@ -134,11 +141,13 @@ def _variants(blocks: Sequence[Component]) -> Iterator[AnyBlock]:
     if most["ffn_dim"]:
         hidden = sorted({1, *(max(1, round(share * most["ffn_dim"])) for share in FFN_SHARES)})
         yield from _narrowed(spec, {"ffn_dim": hidden}, WITHOUT_ATTENTION if whole else {})
+    elif not whole:
+        yield spec
 
 
 def _narrowed(
-    spec: AnyBlock, grid: Mapping[str, Sequence[int]], absent: Widths
-) -> Iterator[AnyBlock]:
+    spec: Block, grid: Mapping[str, Sequence[int]], absent: Widths
+) -> Iterator[Block]:
     for values in product(*grid.values()):
         yield spec.model_copy(update={**dict(zip(grid, values, strict=True)), **absent})
 
@@ -150,7 +159,7 @@ def _dims(most: int) -> tuple[int, ...]:
     return tuple(sorted({1, *found}))
 
 
-def _pruned(block: AnyBlock, width: int, least: float, rng: random.Random) -> dict[str, Any]:
+def _pruned(block: Block, width: int, least: float, rng: random.Random) -> dict[str, Any]:
     """The fields of `block` with between `least` and all of each width."""
     kept = {
         name: max(1, round(most * rng.uniform(least, 1))) if most else 0

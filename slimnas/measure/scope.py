@@ -13,11 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
-from slimnas.arch.architecture import Architecture
-from slimnas.arch.efficientformer import LinearHead
+from slimnas.arch.architecture import AnyHead, Architecture
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.space import SearchSpace
-from slimnas.arch.vit import TokenHead
 from slimnas.arch.walk import Component, walk
 from slimnas.latency.spaces import space_components
 from slimnas.measure.grid import WidthGrid
@@ -145,7 +143,7 @@ def first_blocks(components: Iterator[Component]) -> dict[tuple[int, int], Compo
 
 def class_counts(part: Component) -> Iterator[Component]:
     """A head once per number of classes; anything else as it is."""
-    if not isinstance(part.spec, (LinearHead, TokenHead)):
+    if not isinstance(part.spec, AnyHead):
         yield part
         return
     for classes in sorted({*CLASSES, part.spec.classes}):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import cost
-from slimnas.arch.efficientformer import MB4D
 from slimnas.zoo.metrics import Metrics
 
 
@@ -43,7 +42,7 @@ def model_card(architecture: Architecture, metrics: Metrics) -> str:
 
 def _with_attention(architecture: Architecture) -> int:
     blocks = [block for stage in architecture.stages for block in stage.blocks]
-    return sum(not isinstance(block, MB4D) and block.heads > 0 for block in blocks)
+    return sum(getattr(block, "heads", 0) > 0 for block in blocks)
 
 
 def _plain(value: float) -> str:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
-from slimnas.arch.architecture import Architecture
-from slimnas.errors import WeightsError
+from slimnas.errors import WeightsError, ZooError
 from slimnas.nn.build import FeatureNetwork, Network, Stage, build
+from slimnas.nn.dynamic import DynamicFeatureNetwork
 from slimnas.nn.resolution import adapt_state_dict
 from slimnas.zoo.entry import Entry
 from slimnas.zoo.hub import download
 from slimnas.zoo.registry import get
 from slimnas.zoo.weights import load_weights
-
-CLASSIFIERS = ("head.head.", "head.head_dist.")
 
 
 @overload
@@ -23,6 +21,7 @@ def create_model(
     name_or_path: str | Path,
     *,
     features_only: Literal[False] = False,
+    dynamic: Literal[False] = False,
     pretrained: bool | str | Path = False,
     classes: int | None = None,
     resolution: int | tuple[int, int] | None = None,
@@ -36,6 +35,7 @@ def create_model(
     name_or_path: str | Path,
     *,
     features_only: Literal[True],
+    dynamic: bool = False,
     pretrained: bool | str | Path = False,
     classes: int | None = None,
     resolution: int | tuple[int, int] | None = None,
@@ -48,6 +48,7 @@ def create_model(
     name_or_path: str | Path,
     *,
     features_only: bool = False,
+    dynamic: bool = False,
     pretrained: bool | str | Path = False,
     classes: int | None = None,
     resolution: int | tuple[int, int] | None = None,
@@ -58,8 +59,10 @@ def create_model(
 
     Args:
         name_or_path: what `slimnas.zoo.registry.get` finds.
-        features_only: leave the head out; the network gives one map per stage: strides 4, 8, 16
-            and 32, or of a ViT a single one, its stride the side of a patch.
+        features_only: leave the head out; the network gives one map per stage, and says in
+            `feature_info` how many channels, at which stride.
+        dynamic: with `features_only`: let it take images of any size; see
+            `slimnas.nn.dynamic.DynamicFeatureNetwork`.
         pretrained: True takes the entry's weights (for published models they are downloaded
             from the Hugging Face hub), a path those of a file in slimnas's, timm's, the
             official code's or (ViT, DeiT, Swin) Hugging Face transformers' format, False none.
@@ -70,9 +73,15 @@ def create_model(
         seed: seed of everything that is not loaded.
 
     Raises:
-        ZooError: nothing of that name.
+        ZooError: nothing of that name, or `dynamic` without `features_only`.
+        SpecError: a resolution that the family cannot take.
         WeightsError: no weights, or not those of this architecture.
     """
+    if dynamic and not features_only:
+        raise ZooError(
+            "dynamic=True needs features_only=True: backbones take any image size, a network with "
+            "its head takes that of resolution="
+        )
     entry = get(name_or_path, zoo=zoo)
     source = entry.architecture
     target = source if resolution is None else source.with_resolution(resolution)
@@ -84,7 +93,8 @@ def create_model(
     if not features_only:
         return network
     stages = cast("Iterable[Stage]", network.stages)
-    return FeatureNetwork(target, stem=network.stem, stages=stages)
+    kind = DynamicFeatureNetwork if dynamic else FeatureNetwork
+    return kind(target, stem=network.stem, stages=stages)
 
 
 def _load(network: Network, entry: Entry, path: Path) -> None:
@@ -95,8 +105,8 @@ def _load(network: Network, entry: Entry, path: Path) -> None:
         state, source=source, target=source.with_resolution(target.input.resolution)
     )
     if target.head.classes != source.head.classes:
-        fresh = network.state_dict()
-        state |= {name: fresh[name] for name in state if name.startswith(CLASSIFIERS)}
+        fresh = network.state_dict()  # the classifiers are what has another shape
+        state |= {name: fresh[name] for name in state if state[name].shape != fresh[name].shape}
     network.load_state_dict(state)
 
 
@@ -108,16 +118,26 @@ def find_weights(entry: Entry) -> Path:
     """
     if entry.weights is not None:
         return entry.weights
-    published = _published(entry.architecture) if entry.source == "built-in" else None
+    published = published_weights(entry)
     if published is None:
         raise WeightsError(
             f"{entry.name}: no weights beside the architecture; give a weights file, or take it "
             "untrained"
         )
+    if "repository" not in published:
+        raise WeightsError(
+            f"{entry.name}: its published weights are not on the Hugging Face hub; download them "
+            f"from {published.get('url', 'where its authors keep them')} and give the file"
+        )
     return download(published["repository"], published["file"], sha256=published.get("sha256"))
 
 
-def _published(architecture: Architecture) -> dict[str, str] | None:
-    """Where the weights of a published model are: repository, file and, if known, sha256."""
-    weights: dict[str, str] | None = architecture.provenance.get("weights")
+def published_weights(entry: Entry) -> dict[str, Any] | None:
+    """Where the weights of a built-in entry are: repository, file and, if known, sha256.
+
+    Those that no hub has may have a `url` only.
+    """
+    if entry.source != "built-in":
+        return None
+    weights: dict[str, Any] | None = entry.architecture.provenance.get("weights")
     return weights

@@ -1,9 +1,17 @@
-"""Numbers about a model, each with where it comes from."""
+"""Numbers about a model, each with where it comes from.
+
+Names say what they are. Accuracies published for ImageNet-1k, in percent: `imagenet_top1` is the
+paper's, `imagenet_top1_of_weights` what the downloadable weights reach. Published speeds:
+`DEVICE_latency_ms` for one image and `DEVICE_images_per_s` for a throughput, such as
+`iphone12_latency_ms` and `v100_images_per_s`; runtime, number format and batch size belong in the
+provenance.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +19,10 @@ from typing import Any
 
 from slimnas._files import atomic_write_text, read_text
 from slimnas.errors import ZooError
+
+TOP1 = "imagenet_top1"
+_SPEED = re.compile(r"(?:(?P<device>.+)_)?(?P<unit>latency_ms|images_per_s)")
+_UNITS = {"latency_ms": "ms", "images_per_s": "images/s"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,34 @@ class Metric:
 
 
 Metrics = Mapping[str, Metric]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A latency or throughput.
+
+    Attributes:
+        name: of the metric.
+        device: what it is of, from the name; may be empty.
+        unit: `ms` or `images/s`.
+        metric: the number.
+    """
+
+    name: str
+    device: str
+    unit: str
+    metric: Metric
+
+
+def speeds(metrics: Metrics) -> tuple[Speed, ...]:
+    """The speeds among `metrics`, latencies before throughputs."""
+    found = []
+    for name, metric in metrics.items():
+        match = _SPEED.fullmatch(name)
+        if match is not None:
+            device = (match["device"] or "").replace("_", " ")
+            found.append(Speed(name, device, _UNITS[match["unit"]], metric))
+    return tuple(sorted(found, key=lambda speed: speed.unit != "ms"))
 
 
 def save_metrics(path: str | Path, metrics: Metrics) -> None:

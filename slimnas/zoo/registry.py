@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from slimnas.arch.architecture import Architecture
@@ -40,11 +41,37 @@ def builtin_names() -> list[str]:
     return sorted(path.stem for path in MODELS.glob("*.yaml"))
 
 
-def list_entries(zoo: str | Path | None = None) -> Listing:
-    """List the built-in entries and those of the user's zoo (see `zoo_folder`)."""
-    entries = [_builtin(name) for name in builtin_names()]
+def family_of(name: str) -> str:
+    """The family of a model by its name: `efficientformerv2_s0` -> `efficientformerv2`."""
+    return name.partition("_")[0]
+
+
+def list_entries(
+    zoo: str | Path | None = None, *, pattern: str = "*", family: str | None = None
+) -> Listing:
+    """List the built-in entries and those of the user's zoo (see `zoo_folder`).
+
+    Args:
+        zoo: the user's zoo.
+        pattern: what names must match, with shell wildcards: `efficient*`.
+        family: what names must begin with, up to the first underscore: `deit`.
+
+    Raises:
+        ZooError: no model of that family.
+    """
+    builtin, users = builtin_names(), _user_names(zoo_folder(zoo))
+    families = sorted({family_of(name) for name in (*builtin, *users)})
+    if family is not None and family not in families:
+        raise ZooError(
+            f"no family {family!r}{suggest(family, families)}; the zoo has: {', '.join(families)}"
+        )
+
+    def wanted(name: str) -> bool:
+        return fnmatchcase(name, pattern) and family in (None, family_of(name))
+
+    entries = [_builtin(name) for name in builtin if wanted(name)]
     damaged = []
-    for name in _user_names(zoo_folder(zoo)):
+    for name in filter(wanted, users):
         folder = zoo_folder(zoo) / name
         try:
             entries.append(load_entry(folder, source="zoo"))
