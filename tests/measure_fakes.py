@@ -68,6 +68,48 @@ stages:
   blocks: [{type: mb4d}, {type: mb3d, heads: 2, qk_dim: 8, v_dim: 16, repeat: 2}]
 head: {type: linear, classes: 10, distilled: true}
 """,
+    "efficientvit": """\
+schema: slimnas/architecture/1
+name: small_efficientvit
+input: {resolution: 64}
+stem: {type: efficientvit_stem, width: 16}
+stages:
+- {width: 16, blocks: [{type: efficientvit, heads: 2, qk_dim: 4, kernels: [3], window: 2}]}
+- width: 24
+  downsample: {type: efficientvit_subsample}
+  blocks:
+  - {type: efficientvit, heads: 3, qk_dim: 4, kernels: [5, 3, 3], window: 2, repeat: 2}
+head: {type: pooled_bn, classes: 10}
+""",
+    "efficientformerv2": """\
+schema: slimnas/architecture/1
+name: small_efficientformerv2
+input: {resolution: 32}
+stem: {type: conv_stem, width: 8, act: gelu}
+stages:
+- {width: 8, blocks: [{type: v2_ffn, repeat: 2}]}
+- width: 12
+  downsample: {type: conv3x3}
+  blocks: [{type: v2_ffn}, {type: v2_attention, heads: 2, qk_dim: 4, v_dim: 8, stride: 2}]
+- width: 16
+  downsample: {type: conv3x3_attention, heads: 2, qk_dim: 4, v_dim: 8}
+  blocks:
+  - {type: v2_ffn, ffn_dim: 40}
+  - {type: v2_attention, heads: 2, qk_dim: 4, v_dim: 8, repeat: 2}
+head: {type: bn_linear, classes: 10, distilled: true}
+""",
+    "litv2": """\
+schema: slimnas/architecture/1
+name: small_litv2
+input: {resolution: 32}
+stem: {type: swin_stem, width: 16}
+stages:
+- {width: 16, blocks: [{type: conv_ffn, repeat: 2}]}
+- width: 32
+  downsample: {type: dtm}
+  blocks: [{type: hilo, heads: 4, lo_heads: 3, window: 2, repeat: 2}]
+head: {type: linear, classes: 10}
+""",
 }
 
 

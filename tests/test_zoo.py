@@ -20,8 +20,8 @@ from slimnas.errors import SpecError, WeightsError, ZooError
 from slimnas.nn.build import build
 from slimnas.zoo.create import create_model
 from slimnas.zoo.entry import load_entry, save_entry, save_model
-from slimnas.zoo.metrics import load_metrics, save_metrics
-from slimnas.zoo.registry import add, get, list_entries, zoo_folder
+from slimnas.zoo.metrics import TOP1, load_metrics, save_metrics, speeds
+from slimnas.zoo.registry import add, builtin_names, get, list_entries, zoo_folder
 from slimnas.zoo.weights import load_weights, save_weights
 
 
@@ -167,6 +167,54 @@ def test_published_numbers() -> None:
         metrics = get(f"efficientformer_{name}").metrics
         assert metrics["imagenet_top1"].value == top1
         assert metrics["iphone12_latency_ms"].value == latency_ms
+
+
+@pytest.mark.parametrize(
+    ("pattern", "family", "names"),
+    [
+        ("efficientformer_*", None, ["efficientformer_l1", "efficientformer_l3"]),
+        ("*", "efficientformer", ["efficientformer_l1", "efficientformer_l3"]),
+        ("*_l1", "efficientformer", ["efficientformer_l1"]),
+        ("nothing*", None, []),
+    ],
+)
+def test_a_part_of_the_zoo(zoo: Path, pattern: str, family: str | None, names: list[str]) -> None:
+    listing = list_entries(zoo, pattern=pattern, family=family)
+    found = [entry.name for entry in listing.entries]
+    assert found[: len(names)] == names
+    assert all(name.startswith("efficientformer_") for name in found)
+
+
+def test_an_unknown_family(zoo: Path, run: Path) -> None:
+    add(run, name="mine_1", zoo=zoo)
+    assert [e.name for e in list_entries(zoo, family="mine").entries] == ["mine_1"]
+    with pytest.raises(ZooError, match=r"no family 'efficientvits' \(did you mean 'efficientvit'"):
+        list_entries(zoo, family="efficientvits")
+
+
+def test_published_speeds() -> None:
+    fastest = speeds(get("efficientformer_l1").metrics)
+    assert [(one.name, one.device, one.unit) for one in fastest] == [
+        ("iphone12_latency_ms", "iphone12", "ms"),
+        ("i9_10940x_latency_ms", "i9 10940x", "ms"),
+        ("rtx3090_images_per_s", "rtx3090", "images/s"),
+    ]
+    # A V100 at fp16: the order that the paper's table has.
+    names = [f"efficientvit_m{i}" for i in range(6)]
+    on_v100 = [get(name).metrics["v100_images_per_s"].value for name in names]
+    assert on_v100 == sorted(on_v100, reverse=True)
+    assert on_v100[0] == 27644
+
+
+def test_every_published_number_is_a_known_kind() -> None:
+    """Names outside the convention would be in no list."""
+    looked_at = 0
+    for name in builtin_names():
+        metrics = get(name).metrics
+        known = {TOP1, "imagenet_top1_of_weights", *(one.name for one in speeds(metrics))}
+        assert set(metrics) <= known, name
+        looked_at += len(metrics)
+    assert looked_at > 60
 
 
 # Metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from zoo_cases import TINY, save_run, trained
 
 from slimnas.arch.architecture import Architecture
 from slimnas.cli.zoo import app
-from slimnas.errors import WeightsError
+from slimnas.errors import WeightsError, ZooError
 from slimnas.zoo.registry import add, builtin_names
 
 
@@ -44,8 +45,41 @@ def test_cli_list(zoo: Path, run: Path) -> None:
     assert counted["efficientformer_l1"] == (12_289_928, 1_291_284_736)
     assert {entry["source"] for entry in entries} == {"built-in", "zoo"}
     assert "skipped" in result.stderr
+    by_name = {entry["name"]: entry for entry in entries}
+    l1 = by_name["efficientformer_l1"]
+    assert l1["top1"]["value"] == 79.2
+    assert l1["top1"]["provenance"].startswith("official README")
+    assert l1["latency"]["metric"] == "iphone12_latency_ms"
+    assert (l1["latency"]["value"], l1["latency"]["unit"]) == (1.6, "ms")
+    assert (l1["family"], l1["weights"]) == ("efficientformer", "download")
+    assert by_name["mine"]["top1"] is by_name["mine"]["latency"] is None
+    assert by_name["litv2_s"]["weights"] is None
     plain = invoke("list", "--zoo", zoo).stdout
     assert "12,289,928" in plain
+
+
+def test_cli_list_of_a_part(zoo: Path) -> None:
+    plain = invoke("list", "--family", "efficientformer", "--zoo", zoo).stdout
+    title, *lines = plain.splitlines()
+    assert title.split() == "name params MACs top-1 latency or throughput source".split()
+    assert re.fullmatch(
+        r"efficientformer_l1 +12,289,928 +1,291,284,736 +79\.2 \[1\] +1\.6 ms iphone12 \[2\] +"
+        r"built-in",
+        lines[0],
+    )
+    assert len([line for line in lines if line.startswith("efficient")]) == 3
+    assert lines[-2].startswith("[1] official README: ImageNet-1k, 224 px, 300 epochs")
+    assert lines[-1].startswith("[2] official README: iPhone 12")
+    matching = json.loads(invoke("list", "*vit_m?", "--zoo", zoo, "--json").stdout)["entries"]
+    assert [entry["name"] for entry in matching] == [f"efficientvit_m{i}" for i in range(6)]
+    speed = matching[4]["latency"]
+    assert (speed["value"], speed["unit"], speed["device"]) == (15914, "images/s", "v100")
+    nothing = invoke("list", "nothing*", "--zoo", zoo)
+    assert (nothing.exit_code, nothing.stdout) == (0, "")
+    assert "no model matches 'nothing*'" in nothing.stderr
+    assert json.loads(invoke("list", "nothing*", "--json").stdout) == {"entries": [], "damaged": []}
+    with pytest.raises(ZooError, match="no family 'efficientvits'"):
+        invoke("list", "--family", "efficientvits")
 
 
 def test_cli_show(run: Path) -> None:

@@ -217,6 +217,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for line in cells:
         parts = zip(line, aligned, widths, strict=True)
         yield "  ".join(f"{cell:{side}{width}}" for cell, side, width in parts).rstrip()
-    yield ""
+    if notes:
+        yield ""
     for text, mark in notes.items():
         yield f"[{mark}] {text}"

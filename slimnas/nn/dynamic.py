@@ -53,7 +53,7 @@ class Resized:
         tensors = {name: place.tensor for name, place in self.shared.items()}
         for name, (place, resize) in self.resized.items():
             tensors[name] = resize(place.tensor)
-        maps: list[Tensor] = functional_call(self.network, tensors, (x,))
+        maps: list[Tensor] = functional_call(self.network, tensors, (x,), tie_weights=False)
         return maps
 
 
