@@ -27,6 +27,15 @@ from slimnas.arch.documents import (
     save_document,
 )
 from slimnas.arch.efficientformer import MB3D, MB4D, MOST, Conv3x3, ConvStem, Count, LinearHead
+from slimnas.arch.efficientformerv2 import V2FFN, V2Attention, V2AttentionDownsample, V2Head
+from slimnas.arch.efficientvit import (
+    BatchNormHead,
+    EfficientViTBlock,
+    EfficientViTStem,
+    EfficientViTSubsample,
+)
+from slimnas.arch.litv2 import ConvFFNBlock, ConvMerging, HiLoBlock
+from slimnas.arch.mixers import AnyMixer
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.swin import PatchMerging, SwinBlock, SwinStem
 from slimnas.arch.vit import TokenHead, ViTBlock, ViTStem
@@ -45,10 +54,21 @@ def _else_type(default: str) -> BeforeValidator:
     return BeforeValidator(fill)
 
 
-AnyStem = ConvStem | ViTStem | SwinStem
-AnyDownsample = Conv3x3 | PatchMerging
-AnyBlock = MB4D | MB3D | ViTBlock | SwinBlock
-AnyHead = LinearHead | TokenHead
+AnyStem = ConvStem | ViTStem | SwinStem | EfficientViTStem
+AnyDownsample = Conv3x3 | PatchMerging | ConvMerging | EfficientViTSubsample | V2AttentionDownsample
+AnyBlock = (
+    MB4D
+    | MB3D
+    | ViTBlock
+    | SwinBlock
+    | ConvFFNBlock
+    | HiLoBlock
+    | EfficientViTBlock
+    | V2FFN
+    | V2Attention
+    | AnyMixer
+)
+AnyHead = LinearHead | TokenHead | BatchNormHead | V2Head
 _TAGGED = Field(discriminator="type")
 StemSpec = Annotated[Annotated[AnyStem, _TAGGED], _else_type("conv_stem")]
 DownsampleSpec = Annotated[Annotated[AnyDownsample, _TAGGED], _else_type("conv3x3")]
@@ -235,9 +255,14 @@ class Architecture(Spec):
         return sum(block.type == block_type for stage in self.stages for block in stage.blocks)
 
     def with_resolution(self, resolution: int | tuple[int, int]) -> Architecture:
-        """The same network for another input size."""
-        given = InputSpec(channels=self.input.channels, resolution=resolution)
-        return Architecture.model_validate({**self.model_dump(), "input": given.model_dump()})
+        """The same network for another input size.
+
+        Raises:
+            SpecError: no network of this family takes images of that size.
+        """
+        given = {"channels": self.input.channels, "resolution": resolution}
+        data = {**self.model_dump(), "input": given}
+        return parse_spec(Architecture, data, source=f"{self.name} for {_size_text(resolution)}")
 
     def with_head(
         self, *, classes: int | None = None, distilled: bool | None = None
@@ -270,6 +295,11 @@ class Architecture(Spec):
         if self.provenance:
             body["provenance"] = self.provenance
         return body
+
+
+def _size_text(resolution: int | tuple[int, int]) -> str:
+    sides = resolution if isinstance(resolution, tuple) else (resolution, resolution)
+    return f"images of {'x'.join(map(str, sides))}"
 
 
 def _date_text(value: object) -> str:

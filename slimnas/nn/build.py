@@ -13,12 +13,20 @@ from slimnas.arch.features import FeatureInfo, feature_info
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import InputSizeError, SpecError
-from slimnas.nn import efficientformer, swin, vit
+from slimnas.nn import efficientformer, efficientformerv2, efficientvit, litv2, mixers, swin, vit
 from slimnas.nn.layout import as_layout, is_tracing, layout_of, run_module
 from slimnas.nn.makers import Maker
 from slimnas.nn.seeding import seeded
 
-MAKERS: dict[type[Spec], Maker] = {**efficientformer.MAKERS, **vit.MAKERS, **swin.MAKERS}
+MAKERS: dict[type[Spec], Maker] = {
+    **efficientformer.MAKERS,
+    **vit.MAKERS,
+    **swin.MAKERS,
+    **litv2.MAKERS,
+    **efficientvit.MAKERS,
+    **efficientformerv2.MAKERS,
+    **mixers.MAKERS,
+}
 """How each type of component becomes a module; a new block family adds its own line here."""
 
 
@@ -69,9 +77,7 @@ class Backbone(nn.Module):
         self.architecture = architecture
         self.stem = stem
         self.stages = nn.ModuleList(stages)
-        self.fixed_size = any(
-            layout_of(block) == "tokens" for stage in self._stages() for block in stage.blocks
-        )
+        self.fixed_size = any(_needs_its_size(stage) for stage in self._stages())
 
     @property
     def feature_info(self) -> tuple[FeatureInfo, ...]:
@@ -207,6 +213,14 @@ def build_features(architecture: Architecture, *, seed: int = 0) -> FeatureNetwo
     modules = _make_modules(architecture, seed)
     return FeatureNetwork(
         architecture, stem=modules["stem"], stages=_make_stages(architecture, modules)
+    )
+
+
+def _needs_its_size(stage: Stage) -> bool:
+    """Whether a stage holds attention, which is built for one size of its map."""
+    parts = (stage.downsample, *stage.blocks)
+    return any(layout_of(block) == "tokens" for block in stage.blocks) or any(
+        getattr(part, "fixed_size", False) for part in parts
     )
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import MB3D
+from slimnas.arch.efficientformerv2 import V2Attention, V2AttentionDownsample
+from slimnas.arch.efficientvit import EfficientViTBlock, window_side
+from slimnas.arch.mixers import CGABlock, StridedBlock, WindowBlock
 from slimnas.arch.swin import SwinBlock
 from slimnas.arch.vit import ViTStem
 from slimnas.arch.walk import Component, walk
@@ -108,11 +111,53 @@ def _relative_positions(table: Tensor, before: Component, after: Component) -> T
     return resize_relative_position_table(table, window, new_window)
 
 
+def _group_attention_bias(table: Tensor, before: Component, after: Component) -> Tensor:
+    assert isinstance(before.spec, EfficientViTBlock)
+    side, new_side = (
+        window_side(before.spec.window, part.input.height, part.input.width)
+        for part in (before, after)
+    )
+    return resize_attention_bias(table, (side, side), (new_side, new_side))
+
+
+def _v2_attention_bias(table: Tensor, before: Component, after: Component) -> Tensor:
+    assert isinstance(before.spec, V2Attention)
+    seen, wanted = before.spec.grid(before.input), before.spec.grid(after.input)
+    return resize_attention_bias(table, (seen.height, seen.width), (wanted.height, wanted.width))
+
+
+def _window_bias(table: Tensor, before: Component, after: Component) -> Tensor:
+    assert isinstance(before.spec, WindowBlock)
+    same = before.spec.swin(before.input.channels)
+    window, new_window = same.windows(before.input), same.windows(after.input)
+    return resize_relative_position_table(table, window, new_window)
+
+
+def _cascaded_bias(table: Tensor, before: Component, after: Component) -> Tensor:
+    assert isinstance(before.spec, CGABlock)
+    side, new_side = (
+        window_side(before.spec.window, part.input.height, part.input.width)
+        for part in (before, after)
+    )
+    return resize_attention_bias(table, (side, side), (new_side, new_side))
+
+
+def _strided_bias(table: Tensor, before: Component, after: Component) -> Tensor:
+    seen, wanted = before.input.halved(1), after.input.halved(1)
+    return resize_attention_bias(table, (seen.height, seen.width), (wanted.height, wanted.width))
+
+
 RESIZERS: Mapping[type[Spec], tuple[str, Resizer]] = MappingProxyType(
     {
         MB3D: ("token_mixer.attention_biases", _attention_bias),
         SwinBlock: ("attn.relative_position_bias_table", _relative_positions),
+        EfficientViTBlock: ("mixer.attention_biases", _group_attention_bias),
+        V2Attention: ("token_mixer.attention_biases", _v2_attention_bias),
+        V2AttentionDownsample: ("attn.attention_biases", _attention_bias),
         ViTStem: ("pos_embed", _position_embedding),
+        WindowBlock: ("mixer.relative_position_bias_table", _window_bias),
+        CGABlock: ("mixer.attention_biases", _cascaded_bias),
+        StridedBlock: ("mixer.attention_biases", _strided_bias),
     }
 )
 """Component -> its tensor whose shape depends on the input size, and how to resize that."""
@@ -154,7 +199,7 @@ def resizings(
     found: dict[str, Callable[[Tensor], Tensor]] = {}
     for before, after in zip(walk(source), walk(target), strict=True):
         resizer = RESIZERS.get(type(before.spec))
-        if resizer is None or (isinstance(before.spec, SwinBlock) and not before.spec.heads):
+        if resizer is None or _has_no_table(before.spec):
             continue
         tensor, resize = resizer
         found[f"{before.name}.{tensor}"] = _between(resize, before, after)
@@ -163,3 +208,9 @@ def resizings(
 
 def _between(resize: Resizer, before: Component, after: Component) -> Callable[[Tensor], Tensor]:
     return lambda tensor: resize(tensor, before, after)
+
+
+def _has_no_table(spec: Spec) -> bool:
+    if isinstance(spec, SwinBlock):
+        return not spec.heads
+    return isinstance(spec, WindowBlock) and not spec.position_bias
