@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.efficientformer import MB3D, MB4D, Conv3x3, ConvStem, LinearHead
+from slimnas.arch.efficientformerv2 import V2FFN, V2Attention, V2AttentionDownsample, V2Head
+from slimnas.arch.litv2 import ConvFFNBlock, ConvMerging, HiLoBlock
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.swin import PatchMerging, SwinBlock, SwinStem
 from slimnas.arch.vit import TokenHead, TransformerBlock, ViTBlock, ViTStem
@@ -153,6 +155,10 @@ def component_features(component: Component) -> Features:
         return _patch_stem(spec, shape, component.output)
     if isinstance(spec, PatchMerging):
         return _patch_merging(component)
+    if isinstance(spec, (V2FFN, V2Attention, V2AttentionDownsample, V2Head)):
+        return _efficientformerv2(spec, shape, component.output)
+    if isinstance(spec, (ConvFFNBlock, HiLoBlock, ConvMerging)):
+        return _litv2(spec, shape, component.output)
     if isinstance(spec, LinearHead):
         norm = dynamic_norm(shape.channels * shape.positions)
         return norm + _linear(shape.channels, spec.classes, tokens=1)  # both heads fold into one
@@ -258,3 +264,139 @@ def _patch_merging(component: Component) -> Features:
     elements = merged * out.positions
     order = Features(reshaped_elements=elements)
     return order + dynamic_norm(elements) + _linear(merged, out.channels, out.positions)
+
+
+def _depthwise(channels: int, before: int, after: int) -> Features:
+    """A 3x3 depthwise convolution from `before` positions to `after`."""
+    return Features(
+        traffic_elements=channels * (before + after),
+        grouped_macs=9 * channels * after,
+        weights=9 * channels,
+        operators=1,
+    )
+
+
+def _efficientformerv2(
+    spec: V2FFN | V2Attention | V2AttentionDownsample | V2Head,
+    shape: FeatureShape,
+    out: FeatureShape,
+) -> Features:
+    if isinstance(spec, V2Head):
+        return _linear(shape.channels, spec.classes, tokens=1)  # the norm and both heads fold
+    if isinstance(spec, V2AttentionDownsample):
+        return _v2_downsample(spec, shape, out)
+    ffn = _v2_ffn(shape, spec.hidden(shape.channels))
+    return _v2_attention(spec, shape) + ffn if isinstance(spec, V2Attention) else ffn
+
+
+def _v2_ffn(shape: FeatureShape, hidden: int) -> Features:
+    positions = shape.positions
+    layers = _linear(shape.channels, hidden, positions) + _linear(hidden, shape.channels, positions)
+    depthwise = _depthwise(hidden, positions, positions)
+    return layers + depthwise + Features(activation_elements=2 * hidden * positions)
+
+
+def _v2_attention(spec: V2Attention, shape: FeatureShape) -> Features:
+    width, tokens = shape.channels, spec.grid(shape).positions
+    keys, values, scores = spec.heads * spec.qk_dim, spec.heads * spec.v_dim, spec.heads * tokens**2
+    talking = dense_layer(scores, spec.heads**2, scores, tokens**2, kernel=1)
+    strided = spec.stride == 2
+    return (
+        (_depthwise(width, shape.positions, tokens) if strided else Features())
+        + _linear(width, keys, tokens)
+        + talking
+        + _v2_products(spec, width, tokens, tokens)
+        + talking
+        + Features(activation_elements=values * shape.positions)
+        + _linear(values, width, shape.positions)
+    )
+
+
+def _v2_downsample(spec: V2AttentionDownsample, shape: FeatureShape, out: FeatureShape) -> Features:
+    before, tokens, queries = shape.channels, shape.positions, out.positions
+    keys, values = spec.heads * spec.qk_dim, spec.heads * spec.v_dim
+    return (
+        _conv3x3(shape, out)
+        + _depthwise(before, tokens, queries)
+        + pooling(before * queries)
+        + _linear(before, keys, queries)
+        + _v2_products(spec, before, tokens, queries)
+        + Features(activation_elements=values * queries)
+        + _linear(values, out.channels, queries)
+    )
+
+
+def _v2_products(
+    spec: V2Attention | V2AttentionDownsample, width: int, tokens: int, queries: int
+) -> Features:
+    """Keys, values with their local part, scores, softmax and weighted values."""
+    keys, values = spec.heads * spec.qk_dim, spec.heads * spec.v_dim
+    scores = spec.heads * queries * tokens
+    return (
+        _linear(width, keys, tokens)
+        + _linear(width, values, tokens)
+        + _depthwise(values, tokens, queries)
+        + attention_product(keys * queries, keys * tokens, scores, keys * queries * tokens)
+        + softmax(scores, queries)
+        + attention_product(scores, values * tokens, values * queries, values * queries * tokens)
+        + Features(reshaped_elements=keys * queries + (keys + values) * tokens)
+    )
+
+
+def _litv2(
+    spec: ConvFFNBlock | HiLoBlock | ConvMerging, shape: FeatureShape, out: FeatureShape
+) -> Features:
+    if isinstance(spec, ConvMerging):
+        return _conv_merging(spec, shape, out)
+    if isinstance(spec, ConvFFNBlock):
+        return _conv_ffn(shape, spec.hidden(shape.channels))
+    ffn = _conv_ffn if spec.ffn == "conv" else _ffn
+    return _hilo(spec, shape) + ffn(shape, spec.hidden(shape.channels))
+
+
+def _conv_ffn(shape: FeatureShape, hidden: int) -> Features:
+    """The FFN of LITv2: layer norm, and a depthwise convolution inside."""
+    return _ffn(shape, hidden) + _depthwise(hidden, shape.positions, shape.positions)
+
+
+def _hilo(spec: HiLoBlock, shape: FeatureShape) -> Features:
+    """Layer norm, attention inside windows, attention to their averages, concatenation."""
+    width, (rows, columns) = shape.channels, spec.padded(shape)
+    tokens, inside = rows * columns, spec.window**2
+    dim, averages = width // spec.heads, tokens // inside
+    lo_heads, hi_heads = spec.lo_heads, spec.heads - spec.lo_heads
+    lo, hi = lo_heads * dim, hi_heads * dim
+    total = dynamic_norm(width * shape.positions)
+    if hi:
+        total += _linear(width, 3 * hi, tokens) + _linear(hi, hi, tokens)
+        total += _products(hi_heads, dim, tokens, keys=inside, blocks=averages)
+        total += Features(reshaped_elements=8 * hi * tokens)  # windows and heads apart, and back
+    if lo:
+        total += _linear(width, lo, tokens) + _linear(width, 2 * lo, averages)
+        total += _products(lo_heads, dim, tokens, keys=averages) + _linear(lo, lo, tokens)
+        total += Features(reshaped_elements=2 * lo * (tokens + averages))
+        total += pooling(width * averages) if spec.window > 1 else Features()
+    return total + Features(reshaped_elements=width * tokens if hi and lo else 0)
+
+
+def _products(heads: int, dim: int, queries: int, *, keys: int, blocks: int = 1) -> Features:
+    """Scores, softmax and weighted values; in each of `blocks` the queries see its own keys."""
+    scores, mixed, seen = heads * queries * keys, heads * dim * queries, heads * dim * keys * blocks
+    return (
+        attention_product(mixed, seen, scores, dim * scores)
+        + softmax(scores, queries // blocks)
+        + attention_product(scores, seen, mixed, dim * scores)
+    )
+
+
+def _conv_merging(spec: ConvMerging, shape: FeatureShape, out: FeatureShape) -> Features:
+    seen, made = shape.channels * shape.positions, out.channels * out.positions
+    layer = dense_layer(seen, 4 * shape.channels * out.channels, made, out.positions, kernel=2)
+    layer += Features(activation_elements=made)
+    if not spec.deformable:
+        return layer
+    offsets, sampled = 8, pooling(4 * shape.channels * out.positions)
+    moving = dense_layer(
+        seen, 4 * shape.channels * offsets, offsets * out.positions, out.positions, kernel=2
+    )
+    return layer + moving + sampled

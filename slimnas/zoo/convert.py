@@ -13,10 +13,20 @@ from torch import Tensor
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import MB3D, MB4D
+from slimnas.arch.efficientformerv2 import V2FFN, V2Attention
+from slimnas.arch.efficientvit import EfficientViTBlock
+from slimnas.arch.litv2 import ConvFFNBlock, HiLoBlock
 from slimnas.arch.swin import SwinBlock
 from slimnas.arch.vit import ViTBlock
 from slimnas.errors import WeightsError
-from slimnas.zoo import keys_efficientformer, keys_swin, keys_vit
+from slimnas.zoo import (
+    keys_efficientformer,
+    keys_efficientformerv2,
+    keys_efficientvit,
+    keys_litv2,
+    keys_swin,
+    keys_vit,
+)
 from slimnas.zoo.keymap import KeyLayout, KeyMap
 from slimnas.zoo.state import check_state
 
@@ -26,6 +36,11 @@ KEY_MAPS: Mapping[type[Spec], KeyMap] = MappingProxyType(
         MB3D: keys_efficientformer.KEYS,
         ViTBlock: keys_vit.KEYS,
         SwinBlock: keys_swin.KEYS,
+        ConvFFNBlock: keys_litv2.KEYS,
+        HiLoBlock: keys_litv2.KEYS,
+        EfficientViTBlock: keys_efficientvit.KEYS,
+        V2FFN: keys_efficientformerv2.KEYS,
+        V2Attention: keys_efficientformerv2.KEYS,
     }
 )
 """First block -> names of its family; a new family adds its own lines here."""
