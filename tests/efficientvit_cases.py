@@ -57,7 +57,11 @@ def efficientvit(
         {
             "width": width,
             "blocks": [{"type": "efficientvit", **block} for block in blocks],
-            **({"downsample": {"type": "efficientvit_subsample", **(downsample or {})}} if i else {}),
+            **(
+                {"downsample": {"type": "efficientvit_subsample", **(downsample or {})}}
+                if i
+                else {}
+            ),
         }
         for i, (width, blocks) in enumerate(zip(widths, stages, strict=False))
     ]
@@ -90,18 +94,20 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith("attention_biases"):
                 uniform(parameter, -2.0, 2.0)
-            elif parameter.dim() == 2:
-                uniform(parameter, -0.3, 0.3)
-            elif name.endswith(("fc1.bias", "fc2.bias", "linear.bias")):
+            elif parameter.dim() == 2 or name.endswith(("fc1.bias", "fc2.bias", "linear.bias")):
                 uniform(parameter, -0.3, 0.3)
     return model
 
 
 def images(size: int | tuple[int, int], count: int = 2) -> Tensor:
-    """Random images (count, 3, *size) in float64."""
+    """Random images (count, 3, *size) in float64, of unequal contrast.
+
+    Alike ones would all but cancel in a BatchNorm over a small batch.
+    """
     sides = (size, size) if isinstance(size, int) else size
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(count, 3, *sides, generator=generator, dtype=torch.float64)
+    noise = torch.randn(count, 3, *sides, generator=generator, dtype=torch.float64)
+    return noise * torch.linspace(0.5, 2, count, dtype=torch.float64).view(-1, 1, 1, 1)
 
 
 def off(ours: Tensor, theirs: Tensor) -> float:

@@ -59,6 +59,37 @@ SWIN = {
     ],
     "head": {"type": "linear", "classes": 5},
 }
+CASCADED = {"type": "efficientvit", "heads": 2, "qk_dim": 3, "kernels": [5, 3], "window": 2}
+EFFICIENTVIT = {
+    "input": {"resolution": [96, 80]},
+    "stem": {"type": "efficientvit_stem", "width": 16},
+    "stages": [
+        {"width": 16, "blocks": [CASCADED]},  # 6x5 is padded to windows of 2x2
+        {
+            "width": 18,
+            "downsample": {"type": "efficientvit_subsample", "inner_dim": 24},
+            "blocks": [
+                {**CASCADED, "ffns": 2, "window": 7},
+                {**CASCADED, "cascade": False, "v_dim": 5, "ffn_dim": 9},
+            ],
+        },
+    ],
+    "head": {"type": "pooled_bn", "classes": 5, "distilled": True},
+}
+V2_ATTENTION = {"type": "v2_attention", "heads": 2, "qk_dim": 4, "v_dim": 6}
+EFFICIENTFORMERV2 = {
+    "input": {"resolution": [64, 32]},
+    "stem": {"type": "conv_stem", "width": 8, "act": "gelu"},
+    "stages": [
+        {"width": 8, "blocks": [{"type": "v2_ffn"}, {**V2_ATTENTION, "stride": 2}]},
+        {
+            "width": 12,
+            "downsample": {"type": "conv3x3_attention", "heads": 3, "qk_dim": 5, "v_dim": 2},
+            "blocks": [{"type": "v2_ffn", "ffn_dim": 9}, V2_ATTENTION],
+        },
+    ],
+    "head": {"type": "bn_linear", "classes": 5, "distilled": True},
+}
 MIXED = {
     "stem": {"type": "conv_stem", "width": 8},
     "stages": [
@@ -83,7 +114,7 @@ def network_of(body: dict[str, Any]) -> Network:
         for parameter in network.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         for part in network.modules():
-            if isinstance(part, nn.BatchNorm2d):
+            if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 part.running_mean.add_(torch.randn(part.num_features, generator=generator))
                 part.running_var.add_(torch.rand(part.num_features, generator=generator))
     return network

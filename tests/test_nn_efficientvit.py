@@ -1,7 +1,8 @@
-"""EfficientViT's modules: timm's outputs, attention pair by pair, and the closed forms of its cost."""
+"""EfficientViT: timm's outputs, its attention pair by pair, and the closed forms of its cost."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from efficientvit_cases import (
     NAMES,
     efficientvit,
@@ -60,16 +61,23 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
 def compare(reference: nn.Module, network: nn.Module, x: Tensor) -> int:
-    """Check that both give the same outputs in every mode; returns how many were compared."""
+    """Check that both give the same outputs in every mode; returns how many were compared.
+
+    A BatchNorm of few values in training enlarges rounding, so the reference's own is allowed for.
+    """
     compared = 0
     for training in (False, True):
-        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        made = []
+        for dtype in (torch.float64, torch.float32):
             reference.to(dtype).train(training)
             network.to(dtype).train(training)
             with torch.no_grad():
-                theirs, ours = reference(x.to(dtype)), network(x.to(dtype))
-            assert off(ours, theirs) < tolerance, (training, dtype)
-            compared += 1
+                made.append((network(x.to(dtype)), reference(x.to(dtype))))
+        (ours, theirs), (rough, their_rough) = made
+        rounding = off(their_rough, theirs)
+        assert off(ours, theirs) < 1e-10
+        assert off(rough, their_rough) < max(1e-5, 10 * rounding if training else 0)
+        compared += len(made)
     return compared
 
 
@@ -96,7 +104,9 @@ def test_published_models_as_timms(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [160, 256, (192, 320)])
-@pytest.mark.parametrize("name", ["efficientvit_m1", "efficientvit_m3"])
+@pytest.mark.parametrize(
+    "name", ["efficientvit_m1", pytest.param("efficientvit_m3", marks=pytest.mark.slow)]
+)
 def test_published_models_at_other_resolutions(name: str, size: int | tuple[int, int]) -> None:
     reference = randomised(timm.create_model(name, img_size=size))
     architecture = get(name).architecture.with_resolution(size)
@@ -132,7 +142,9 @@ def test_feature_maps_as_timms() -> None:
     with torch.no_grad():
         theirs, ours = reference.forward_intermediates(x, intermediates_only=True), network(x)
     assert [tuple(out.shape) for out in ours] == [(2, 16, 5, 10), (2, 24, 3, 5), (2, 32, 2, 3)]
-    assert [off(got, wanted) < 1e-10 for got, wanted in zip(ours, theirs, strict=True)] == [True] * 3
+    assert [off(got, wanted) < 1e-10 for got, wanted in zip(ours, theirs, strict=True)] == [
+        True
+    ] * 3
 
 
 def attention_by_hand(attention: CascadedGroupAttention, x: Tensor) -> Tensor:
@@ -173,7 +185,8 @@ def attention_by_hand(attention: CascadedGroupAttention, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("cascade", [True, False])
 @pytest.mark.parametrize(
-    ("grid", "window"), [((3, 3), 7), ((4, 4), 2), ((3, 5), 2), ((2, 5), 4), ((6, 4), 3), ((3, 3), 1)]
+    ("grid", "window"),
+    [((3, 3), 7), ((4, 4), 2), ((3, 5), 2), ((2, 5), 4), ((6, 4), 3), ((3, 3), 1)],
 )
 def test_attention_pair_by_pair(grid: tuple[int, int], window: int, cascade: bool) -> None:
     torch.manual_seed(0)
@@ -332,19 +345,21 @@ def test_blocks_start_silent() -> None:
     assert torch.equal(block(x), x)
 
 
-@pytest.mark.parametrize("folded", [False, True])
+QUICK = [("efficientvit_m0", False), ("efficientvit_m2", True)]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [n if n in ("efficientvit_m0", "efficientvit_m2") else pytest.param(n, marks=pytest.mark.slow)
-     for n in NAMES],
+    ("name", "folded"),
+    [
+        case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(NAMES, (False, True))
+    ],
 )
 def test_published_models_export_to_onnx(name: str, folded: bool, tmp_path: Path) -> None:
     network = randomised(build(get(name).architecture)).eval()
     given = fold(network) if folded else network
     x = images(224, 1).float()
-    difference = export_onnx(
-        given, x, tmp_path / "m.onnx", reference=network, dynamic_batch=True
-    )
+    difference = export_onnx(given, x, tmp_path / "m.onnx", reference=network, dynamic_batch=True)
     with torch.inference_mode():
         assert difference < 1e-4 * max(1.0, float(network(x).abs().max()))
 
@@ -401,7 +416,9 @@ def test_weights_move_to_another_resolution() -> None:
         torch.testing.assert_close(adapted[name][:, [0, -1]], state[name][:, [0, -1]])
     name = "stages.2.blocks.0.mixer.attention_biases"
     with pytest.raises(WeightsError, match=rf"{name} is missing"):
-        adapt_state_dict({k: v for k, v in state.items() if k != name}, source=source, target=target)
+        adapt_state_dict(
+            {k: v for k, v in state.items() if k != name}, source=source, target=target
+        )
 
 
 def test_prices_have_names_that_a_table_keeps() -> None:
@@ -423,9 +440,7 @@ def test_prices_have_names_that_a_table_keeps() -> None:
 def test_what_is_left_out_is_filled_in() -> None:
     short = efficientvit(image=64, stages=[[{"heads": 2}]])
     written = {"heads": 2, "qk_dim": 16, "v_dim": 8, "kernels": [5, 5], "window": 7}
-    full = efficientvit(
-        image=64, stages=[[{**written, "cascade": True, "ffns": 1, "ffn_dim": 32}]]
-    )
+    full = efficientvit(image=64, stages=[[{**written, "cascade": True, "ffns": 1, "ffn_dim": 32}]])
     assert short == full
     assert short.to_yaml() == full.to_yaml()
 
@@ -458,5 +473,5 @@ def test_blocks_that_cannot_be(block: dict[str, Any], message: str) -> None:
 def test_the_stems_width() -> None:
     with pytest.raises(ValueError, match=r"must be a multiple of 8, .*; got 12"):
         EfficientViTStem(width=12)
-    with pytest.raises(ValueError, match="at least 1|greater than or equal to 1"):
+    with pytest.raises(ValueError, match=r"at least 1|greater than or equal to 1"):
         BlockSpec(heads=0)

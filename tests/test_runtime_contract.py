@@ -13,6 +13,8 @@ import pytest
 import torch
 from runtime_cases import (
     CONVERTING,
+    EFFICIENTFORMERV2,
+    EFFICIENTVIT,
     LIBRARIES,
     MIXED,
     RUNNING,
@@ -40,6 +42,8 @@ FAMILIES = {
     "efficientformer": {"input": {"resolution": [64, 96]}, **MIXED},
     "vit": VIT,
     "swin": SWIN,
+    "efficientformerv2": EFFICIENTFORMERV2,
+    "efficientvit": EFFICIENTVIT,
 }
 LARGEST = {"fp32": 2e-5, "fp16": 0.01, "bf16": 0.05, "int8": 0.1}
 """Largest difference from PyTorch in single precision, as a share of the largest output."""

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-from efficientvit_cases import NAMES, efficientvit, images, like_timms, off, small_timm
+from efficientvit_cases import (
+    NAMES,
+    efficientvit,
+    images,
+    like_timms,
+    off,
+    randomised,
+    small_timm,
+)
 from torch import Tensor, nn
 
 from slimnas.arch.architecture import Architecture
@@ -104,7 +112,9 @@ def test_our_own_names_stay() -> None:
 
 def test_a_distilled_head_of_the_official_code() -> None:
     architecture = efficientvit(image=64, stages=[[{"heads": 2}]], distilled=True)
-    theirs = [f"{head}.{part}" for head in ("head", "head_dist") for part in ("bn.bias", "l.weight")]
+    theirs = [
+        f"{head}.{part}" for head in ("head", "head_dist") for part in ("bn.bias", "l.weight")
+    ]
     renamed = KEYS.rename(
         {name: torch.full((1, 1), i) for i, name in enumerate(theirs)}, architecture, "official"
     )
@@ -170,7 +180,7 @@ def test_timms_objects(size: int, window: int) -> None:
 
 @pytest.mark.parametrize("size", [(192, 320), (120, 232), (256, 128)])
 def test_timms_objects_for_other_images(size: tuple[int, int]) -> None:
-    reference = timm.create_model("efficientvit_m0", img_size=size).eval()
+    reference = randomised(timm.create_model("efficientvit_m0", img_size=size)).eval()
     network = from_timm(reference)
     assert network.architecture.input.resolution == size
     x = images(size).float()

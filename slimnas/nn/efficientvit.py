@@ -160,7 +160,7 @@ class CascadedGroupAttention(nn.Module):
         q, k, v = self.qkvs[head](x).split([self.qk_dim, self.qk_dim, self.v_dim], dim=1)
         q = self.dws[head](q).flatten(2).transpose(1, 2)
         logits = torch.baddbmm(bias, q, k.flatten(2), alpha=self.scale)
-        mixed = v.flatten(2) @ logits.softmax(dim=-1).transpose(1, 2)
+        mixed: Tensor = v.flatten(2) @ logits.softmax(dim=-1).transpose(1, 2)
         return mixed.reshape(-1, self.v_dim, side, side)
 
     def fold_(self) -> None:
@@ -292,7 +292,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        scale = self.fc2(self.act(self.fc1(x.mean(dim=(2, 3), keepdim=True))))
+        scale: Tensor = self.fc2(self.act(self.fc1(x.mean(dim=(2, 3), keepdim=True))))
         return x * scale.sigmoid()
 
 

@@ -148,9 +148,7 @@ def _squeeze(path: str, module: nn.Module) -> None:
 
 _DOWN, _BLOCK = r"stages\.\d+\.downsample", r"stages\.\d+\.blocks\.\d+"
 _MERGE, _ATTENTION = rf"{_DOWN}\.patchmerge", rf"{_BLOCK}\.mixer\.m\.attn"
-_DEPTHWISE = (
-    rf"({_DOWN}\.res[12]\.0\.m|{_MERGE}\.conv2|{_BLOCK}\.dw[01]\.m|{_ATTENTION}\.dws\.\d+)"
-)
+_DEPTHWISE = rf"({_DOWN}\.res[12]\.0\.m|{_MERGE}\.conv2|{_BLOCK}\.dw[01]\.m|{_ATTENTION}\.dws\.\d+)"
 _FFN = rf"({_DOWN}\.res[12]\.1\.m|{_BLOCK}\.ffn[01]\.m)"
 _POINTWISE = rf"({_FFN}\.pw[12]|{_MERGE}\.conv[13]|{_ATTENTION}\.(qkvs\.\d+|proj\.1))"
 _STEM = r"patch_embed\.conv[1-4]"
