@@ -8,6 +8,8 @@ from typing import Any
 from slimnas.arch.block import Block
 from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import LinearHead
+from slimnas.arch.efficientformerv2 import V2Head
+from slimnas.arch.efficientvit import BatchNormHead
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.swin import SwinBlock
 from slimnas.arch.vit import TransformerBlock
@@ -25,7 +27,7 @@ WITHOUT_FFN = {"ffn_dim": 0}
 """What turns a ViT or Swin block into one of its two sub-layers."""
 
 _IN_WIDTHS = {"type", "repeat", "width", "classes"}
-_FREE = {"distilled"}  # a linear head's two classifiers fold into one at export: (a + b) / 2
+_FREE = {"distilled"}  # such a head's two classifiers fold into one at export: (a + b) / 2
 _OF_ATTENTION = {"shift", "window"}
 
 
@@ -119,7 +121,8 @@ def price_key(component: Component) -> PriceKey:
 
 
 def _fields(spec: Spec, shape: FeatureShape) -> dict[str, FieldValue]:
-    left_out = _IN_WIDTHS | (_FREE if isinstance(spec, LinearHead) else set())
+    folds = isinstance(spec, (BatchNormHead, LinearHead, V2Head))
+    left_out = _IN_WIDTHS | (_FREE if folds else set())
     values: dict[str, Any] = {
         name: _plain(value) for name, value in spec if name not in left_out and value is not None
     }
@@ -137,6 +140,8 @@ def _fields(spec: Spec, shape: FeatureShape) -> dict[str, FieldValue]:
 
 def _plain(value: Any) -> FieldValue:
     """A table knows numbers and words: true is written as 1, a list as 7-5-3."""
+    if isinstance(value, tuple) and len(value) == 1:
+        return _plain(value[0])  # a file would give it back as a number
     if isinstance(value, tuple):
         return "-".join(str(_plain(each)) for each in value)
     return value if isinstance(value, str) else int(value)

@@ -14,6 +14,8 @@ from slimnas.errors import UnsupportedModuleError
 from slimnas.nn.build import Network, build
 from slimnas.zoo.convert import convert_state_dict
 from slimnas.zoo.timm_efficientformer import describe_efficientformer
+from slimnas.zoo.timm_efficientformerv2 import describe_efficientformerv2
+from slimnas.zoo.timm_efficientvit import describe_efficientvit
 from slimnas.zoo.timm_swin import describe_swin
 from slimnas.zoo.timm_vit import describe_vit
 
@@ -25,13 +27,15 @@ FAMILIES: Mapping[str, Describe] = MappingProxyType(
         "VisionTransformerDistilled": describe_vit,
         "SwinTransformer": describe_swin,
         "EfficientFormer": describe_efficientformer,
+        "EfficientFormerV2": describe_efficientformerv2,
+        "EfficientVitMsra": describe_efficientvit,
     }
 )
 """Class of timm -> what reads its architecture; a new family adds its own line here."""
 
 
 def from_timm(model: nn.Module, *, name: str | None = None) -> Network:
-    """Turn a ViT, DeiT, Swin or EfficientFormer made by timm into a network of slimnas.
+    """Turn a model of one of `FAMILIES`, made by timm, into a network of slimnas.
 
     It computes what `model` computes in evaluation mode. Two things differ in training: dropout
     and stochastic depth are left out, and a distilled head always gives the pair of logits.
