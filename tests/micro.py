@@ -62,6 +62,8 @@ class Additive:
         for i, stage in enumerate(space.stages):
             conv_ms = rng.uniform(0.05, 0.3)
             block_ms = {"mb4d": conv_ms, "mb3d": conv_ms * rng.uniform(1.1, 2.0)}
+            others = [choice for choice in stage.blocks if choice not in block_ms]
+            block_ms |= {choice: conv_ms * rng.uniform(0.7, 2.2) for choice in others}
             for j in range(stage.slots):
                 for choice in stage.blocks:
                     scale = 1.5 if choice == "mb3d" else 1.0

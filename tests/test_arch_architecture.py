@@ -33,9 +33,22 @@ head: {classes: 1000, distilled: true}
 
 def test_everything_that_ships_loads() -> None:
     families = Counter(name.split("_")[0] for name in builtin_names())
-    assert families == {"efficientformer": 3, "deit": 6, "vit": 7, "swin": 3}
+    assert families == {
+        "efficientformer": 3,
+        "deit": 6,
+        "vit": 7,
+        "swin": 3,
+        "litv2": 3,
+        "efficientvit": 6,
+        "efficientformerv2": 4,
+    }
     assert [get(name).architecture.name for name in builtin_names()] == builtin_names()
-    assert shipped_spaces() == ("efficientformer", "efficientformer_small", "efficientformer_tiny")
+    assert shipped_spaces() == (
+        "efficientformer",
+        "efficientformer_small",
+        "efficientformer_tiny",
+        "hybrid_tiny",
+    )
     assert [SearchSpace.load(name).name for name in shipped_spaces()] == list(shipped_spaces())
 
 

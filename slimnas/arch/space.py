@@ -4,142 +4,43 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from slimnas._resources import data_dir
-from slimnas.arch.architecture import Architecture, DownsampleSpec, InputSpec, StageSpec
+from slimnas.arch.architecture import Architecture, InputSpec, StageSpec
 from slimnas.arch.documents import Spec, dump_yaml, load_document, parse_document, parse_spec
-from slimnas.arch.efficientformer import MB3D, MB4D, ConvStem, Count, LinearHead
+from slimnas.arch.efficientformer import ConvStem, LinearHead
+from slimnas.arch.ranges import Limits, StageSpace, SupernetProxy
+from slimnas.arch.shapes import FeatureShape
+from slimnas.arch.templates import (
+    ATTENTION,
+    CONVOLUTION,
+    IDENTITY,
+    BlockTemplates,
+    StemTemplate,
+    is_attention,
+)
 from slimnas.errors import SpecError, suggest
+
+__all__ = [
+    "ATTENTION",
+    "CONVOLUTION",
+    "IDENTITY",
+    "SearchSpace",
+    "Selection",
+    "shipped_spaces",
+]
 
 SCHEMA = "slimnas/search-space/1"
 WHAT = "a search space"
 
-IDENTITY = "identity"
-ATTENTION = "mb3d"
-CONVOLUTION = "mb4d"
-
-BlockChoice = Literal["mb4d", "mb3d", "identity"]
-
-
-class WidthRange(Spec):
-    """Widths `min, min + step, ..., max`."""
-
-    min: Count
-    max: Count
-    step: Count = 16
-
-    @model_validator(mode="after")
-    def _ordered(self) -> WidthRange:
-        if self.min > self.max or (self.max - self.min) % self.step:
-            raise ValueError(
-                f"min must be at most max and max - min a multiple of step; "
-                f"got min {self.min}, max {self.max}, step {self.step}"
-            )
-        return self
-
-    @property
-    def values(self) -> tuple[int, ...]:
-        """Every width, ascending."""
-        return tuple(range(self.min, self.max + 1, self.step))
-
-
-class StageSpace(Spec):
-    """One stage: its widths, and `slots` MetaPaths that each choose one of `choices`."""
-
-    width: WidthRange
-    slots: Count
-    min_depth: Annotated[int, Field(strict=True, ge=1)] = 1
-    choices: Annotated[tuple[BlockChoice, ...], Field(min_length=1)]
-    downsample: DownsampleSpec | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> StageSpace:
-        if len(set(self.choices)) != len(self.choices):
-            raise ValueError(f"choices: each may be listed once, got {list(self.choices)}")
-        if not self.blocks:
-            raise ValueError("choices: at least one must be a block, not identity")
-        if self.min_depth > self.slots:
-            raise ValueError(
-                f"min_depth: must be at most slots ({self.slots}), got {self.min_depth}"
-            )
-        if IDENTITY not in self.choices and self.min_depth != self.slots:
-            raise ValueError(
-                f"min_depth: must equal slots ({self.slots}) where no slot may be identity, "
-                f"got {self.min_depth}"
-            )
-        return self
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """The choices that are blocks."""
-        return tuple(choice for choice in self.choices if choice != IDENTITY)
-
-
-class ConvTemplate(Spec):
-    """Fixed fields of every MB4D of a space."""
-
-    ffn_ratio: Count = 4
-
-
-class AttentionTemplate(Spec):
-    """Fixed fields of every MB3D of a space."""
-
-    ffn_ratio: Count = 4
-    heads: Count = 8
-    qk_dim: Count = 32
-    v_dim: Count = 128
-
-
-class BlockTemplates(Spec):
-    """Fixed fields per block choice; only the stage's width is left open."""
-
-    mb4d: ConvTemplate = ConvTemplate()
-    mb3d: AttentionTemplate = AttentionTemplate()
-
-    def block(self, choice: str, width: int) -> MB4D | MB3D:
-        """The block spec of `choice` in a stage of `width` channels."""
-        if choice == CONVOLUTION:
-            return MB4D(ffn_dim=self.mb4d.ffn_ratio * width)
-        if choice == ATTENTION:
-            fields = self.mb3d
-            return MB3D(
-                heads=fields.heads,
-                qk_dim=fields.qk_dim,
-                v_dim=fields.v_dim,
-                ffn_dim=fields.ffn_ratio * width,
-            )
-        raise ValueError(f"{choice!r} is not a block")
-
-
-class StemTemplate(Spec):
-    """The stem, whose width follows the first stage."""
-
-    type: Literal["conv_stem"] = "conv_stem"
-    act: Literal["relu", "gelu"] = "relu"
-
-
-class Limits(Spec):
-    """What a selection must respect beside its ranges.
-
-    Attributes:
-        attention_last: attention blocks are the last blocks of the network, contiguous.
-        monotone_widths: no stage is narrower than the one before it.
-    """
-
-    attention_last: Annotated[bool, Field(strict=True)] = True
-    monotone_widths: Annotated[bool, Field(strict=True)] = True
-
-
-class SupernetProxy(Spec):
-    """What stands in for deployment while the supernet trains."""
-
-    resolution: Count = 224
+EFFICIENTFORMER = frozenset({CONVOLUTION, ATTENTION, IDENTITY})
+"""What EfficientFormer's MetaPaths choose from."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +49,7 @@ class Selection:
 
     Attributes:
         widths: width of each stage.
-        paths: per stage, the choice of each slot (`mb4d`, `mb3d` or `identity`).
+        paths: per stage, the choice of each slot: a block such as `mb4d`, or `identity`.
     """
 
     widths: tuple[int, ...]
@@ -182,9 +83,15 @@ class SearchSpace(Spec):
     stem: StemTemplate = StemTemplate()
     stages: Annotated[tuple[StageSpace, ...], Field(min_length=1)]
     head: LinearHead = LinearHead(classes=1000)
-    blocks: BlockTemplates = BlockTemplates()
+    blocks: Annotated[BlockTemplates, Field(validate_default=True)] = BlockTemplates()
     limits: Limits = Limits()
     supernet: SupernetProxy = SupernetProxy()
+
+    @field_validator("blocks")
+    @classmethod
+    def _complete(cls, blocks: BlockTemplates, info: ValidationInfo) -> BlockTemplates:
+        stages: tuple[StageSpace, ...] = info.data.get("stages", ())
+        return blocks.completed({choice: None for stage in stages for choice in stage.blocks})
 
     @model_validator(mode="after")
     def _stages_connect(self) -> SearchSpace:
@@ -200,12 +107,41 @@ class SearchSpace(Spec):
                 )
         if self.limits.monotone_widths:
             self._check_monotone_possible()
+        self._check_blocks()
         if not self.attention_counts():
             raise ValueError(
-                "limits.attention_last: cannot hold, a stage that only offers mb3d is followed by "
-                "a stage without it; change choices, or set attention_last to false"
+                f"limits.attention_last: cannot hold, a stage that only offers {self._attention} "
+                "is followed by a stage without it; change choices, or set attention_last to false"
             )
         return self
+
+    def _check_blocks(self) -> None:
+        """Every block at every width, on the maps of deployment and of supernet training."""
+        sides = dict.fromkeys((self.input.resolution, self.supernet.resolution))
+        for resolution in sides:
+            image = InputSpec(channels=self.input.channels, resolution=resolution).shape
+            shape = ConvStem(width=self.stages[0].width.max).output_shape(image)
+            for index, stage in enumerate(self.stages):
+                if stage.downsample is not None:
+                    shape = stage.downsample.output_shape(shape, stage.width.max)
+                self._check_stage(index, shape)
+
+    def _check_stage(self, index: int, shape: FeatureShape) -> None:
+        stage = self.stages[index]
+        chunks = self.chunks(index)
+        for width in stage.width.values:
+            if width % chunks:
+                raise ValueError(
+                    f"stages[{index}].width: must be a multiple of {chunks}, so that every head of "
+                    f"hilo and cga keeps as many channels; got {width}"
+                )
+            for choice in stage.blocks:
+                fault = self.blocks.fault(choice, shape.with_channels(width))
+                if fault is not None:
+                    raise ValueError(
+                        f"blocks.{choice}: in stages[{index}] at width {width}, on a map of "
+                        f"{shape.height}x{shape.width}: {fault}"
+                    )
 
     def _check_monotone_possible(self) -> None:
         for ends in ("min", "max"):
@@ -261,10 +197,28 @@ class SearchSpace(Spec):
         if self.limits.monotone_widths and list(selection.widths) != sorted(selection.widths):
             return f"widths {list(selection.widths)} must not fall from stage to stage"
         if self.limits.attention_last:
-            is_attention = [choice == ATTENTION for *_, choice in selection.active()]
-            if is_attention != sorted(is_attention):
-                return "mb3d blocks must be the last blocks, contiguous"
+            kinds = [is_attention(choice) for *_, choice in selection.active()]
+            if kinds != sorted(kinds):
+                return f"{self._attention} blocks must be the last blocks, contiguous"
         return None
+
+    @property
+    def counts_attention(self) -> bool:
+        """Whether a number of MB3D says which blocks there are, as in EfficientFormer's spaces:
+        slots choose MB4D or MB3D, and MB3D comes last.
+        """
+        offered = {choice for stage in self.stages for choice in stage.choices}
+        return self.limits.attention_last and offered <= EFFICIENTFORMER
+
+    def chunks(self, stage: int) -> int:
+        """Number of equal runs of the stage's channels that every width keeps as many of."""
+        return self.blocks.chunks(self.stages[stage].blocks)
+
+    @property
+    def _attention(self) -> str:
+        """The choices with attention, in words."""
+        offered = dict.fromkeys(c for stage in self.stages for c in stage.blocks if is_attention(c))
+        return "/".join(offered) or ATTENTION
 
     def architecture(self, selection: Selection, *, name: str | None = None) -> Architecture:
         """The architecture that `selection` describes.
@@ -295,36 +249,60 @@ class SearchSpace(Spec):
             head=self.head,
         )
 
+    def full(self, paths: Iterable[Sequence[str]]) -> Selection:
+        """Every stage at its greatest width, with these choices."""
+        return Selection(
+            tuple(stage.width.max for stage in self.stages), tuple(tuple(slots) for slots in paths)
+        )
+
     def largest(self, attention: int = 0) -> Selection:
-        """Every slot active at full width, the last `attention` slots MB3D and no others.
+        """Every slot active at full width, the last `attention` slots with attention, no others.
+
+        Of several blocks with attention, or without, each stage takes the first it offers; MB4D
+        before others.
 
         Raises:
             SpecError: the stages' choices do not allow that number of attention blocks.
         """
-        selection = Selection(
-            tuple(stage.width.max for stage in self.stages),
-            tuple((_first_block(stage),) * stage.slots for stage in self.stages),
-        )
-        tail = selection.active()[len(selection.active()) - attention :]
-        if attention > len(selection.active()):
+        selection = self.full((_first_block(stage),) * stage.slots for stage in self.stages)
+        slots = [
+            (stage, slot)
+            for stage, slot, _ in selection.active()
+            if self.limits.attention_last or _attention_of(self.stages[stage])
+        ]
+        kind = "MB3D" if self.counts_attention else "attention"
+        if attention > len(slots):
             raise SpecError(
-                f"search space {self.name}: cannot have {attention} MB3D blocks: it has "
-                f"{len(selection.active())} slots"
+                f"search space {self.name}: cannot have {attention} {kind} blocks: it has "
+                f"{len(slots)} slots"
             )
-        for stage, slot, _ in tail:
-            selection = selection.with_path(stage, slot, ATTENTION)
+        for stage, slot in slots[len(slots) - attention :]:
+            first = (*_attention_of(self.stages[stage]), ATTENTION)[0]
+            selection = selection.with_path(stage, slot, first)
         fault = self.fault(selection)
-        fewest = sum(choice == ATTENTION for *_, choice in selection.active())
+        fewest = sum(is_attention(choice) for *_, choice in selection.active())
         if fault is None and fewest > attention:
             fault = f"stages that offer nothing else have {fewest}"
         if fault is not None:
             raise SpecError(
-                f"search space {self.name}: cannot have {attention} MB3D blocks: {fault}"
+                f"search space {self.name}: cannot have {attention} {kind} blocks: {fault}"
             )
         return selection
 
+    def every_block(self) -> tuple[Selection, ...]:
+        """Full-width paths that together run every block of every slot; limits do not hold."""
+        most = max(len(stage.blocks) for stage in self.stages)
+        return tuple(
+            self.full((s.blocks[i % len(s.blocks)],) * s.slots for s in self.stages)
+            for i in range(most)
+        )
+
     def smallest(self) -> tuple[Selection, ...]:
-        """The selections of least widths and depths, one for each number of MB3D blocks."""
+        """The selections of least widths and depths, one for each number of attention blocks.
+
+        Of several blocks with attention, or without, each stage takes the first it offers; see
+        `variants`.
+        """
         found: list[Selection] = []
         for attention in range(sum(stage.min_depth for stage in self.stages) + 1):
             left = attention
@@ -334,15 +312,30 @@ class SearchSpace(Spec):
                 left -= tail
                 idle = (IDENTITY,) * (stage.slots - stage.min_depth)
                 convolutions = (_first_block(stage),) * (stage.min_depth - tail)
-                paths.append(idle + convolutions + (ATTENTION,) * tail)
+                last = (*_attention_of(stage), ATTENTION)[0]
+                paths.append(idle + convolutions + (last,) * tail)
             widths = tuple(stage.width.min for stage in self.stages)
             selection = Selection(widths, tuple(reversed(paths)))
             if selection not in found and self.fault(selection) is None:
                 found.append(selection)
         return tuple(found)
 
+    def variants(self, selection: Selection, stage: int) -> Iterator[Selection]:
+        """`selection`, with the blocks of one stage swapped for others alike in every legal way.
+
+        Blocks that choose the same change alike. Where attention comes last, blocks with
+        attention stay such blocks, and so do the others; elsewhere any may become any.
+        """
+        part, slots = self.stages[stage], selection.paths[stage]
+        used = [choice for choice in dict.fromkeys(slots) if choice != IDENTITY]
+        last = self.limits.attention_last
+        for picked in itertools.product(*(part.alike(c) if last else part.blocks for c in used)):
+            swap = {IDENTITY: IDENTITY, **dict(zip(used, picked, strict=True))}
+            paths = (*selection.paths[:stage], tuple(swap[c] for c in slots))
+            yield replace(selection, paths=(*paths, *selection.paths[stage + 1 :]))
+
     def attention_counts(self) -> tuple[int, ...]:
-        """Every number of MB3D blocks the largest selection may end with."""
+        """Every number of attention blocks the largest selection may end with."""
         counts = []
         for count in range(sum(stage.slots for stage in self.stages) + 1):
             try:
@@ -353,7 +346,10 @@ class SearchSpace(Spec):
         return tuple(counts)
 
     def random(self, rng: random.Random) -> Selection:
-        """A legal selection: depths, attention count and widths drawn uniformly in turn."""
+        """A legal selection: depths, attention count, blocks and widths drawn uniformly in turn.
+
+        Where attention need not come last, every block is drawn by itself.
+        """
         while True:
             depths = [rng.randint(stage.min_depth, stage.slots) for stage in self.stages]
             attention = rng.randint(0, sum(depths))
@@ -365,7 +361,7 @@ class SearchSpace(Spec):
                 slots = [IDENTITY] * stage.slots
                 for position, slot in enumerate(kept):
                     is_tail = position >= depth - tail
-                    slots[slot] = ATTENTION if is_tail else _first_block(stage)
+                    slots[slot] = _draw(rng, self._open_to(stage, is_tail=is_tail))
                 paths.append(tuple(slots))
             widths = tuple(rng.choice(stage.width.values) for stage in self.stages)
             if self.limits.monotone_widths:
@@ -373,6 +369,14 @@ class SearchSpace(Spec):
             selection = Selection(widths, tuple(reversed(paths)))
             if self.fault(selection) is None:
                 return selection
+
+    def _open_to(self, stage: StageSpace, *, is_tail: bool) -> tuple[str, ...]:
+        """What a slot may be drawn from, among the last blocks or before them."""
+        if not self.limits.attention_last:
+            return stage.blocks
+        if is_tail:
+            return _attention_of(stage) or (ATTENTION,)  # which `fault` refuses then
+        return stage.alike(_first_block(stage))
 
     def selections(self) -> Iterator[Selection]:
         """Every legal selection, in a fixed order. Only for small spaces."""
@@ -403,16 +407,17 @@ class SearchSpace(Spec):
             raise SpecError(f"{where}: its stem is {architecture.stem!r}")
         paths = []
         for i, (stage, space) in enumerate(zip(architecture.stages, self.stages, strict=True)):
+            fitting = {
+                self.blocks.block(choice, stage.width).filled(stage.width): choice
+                for choice in space.blocks
+            }
             for j, block in enumerate(stage.blocks):
-                fits = block.type in space.blocks and block == self.blocks.block(
-                    block.type, stage.width
-                )
-                if not fits:
+                if block not in fitting:
                     raise SpecError(f"{where}: stages[{i}].blocks[{j}] is {block!r}")
             if stage.downsample != space.downsample:
                 raise SpecError(f"{where}: stages[{i}].downsample is {stage.downsample!r}")
             unused = (IDENTITY,) * (space.slots - len(stage.blocks))
-            paths.append(tuple(block.type for block in stage.blocks) + unused)
+            paths.append(tuple(fitting[block] for block in stage.blocks) + unused)
         selection = Selection(architecture.widths, tuple(paths))
         fault = self.fault(selection)
         if fault is not None:
@@ -436,4 +441,14 @@ def _shipped(name: str) -> Path:
 
 
 def _first_block(stage: StageSpace) -> str:
-    return CONVOLUTION if CONVOLUTION in stage.blocks else stage.blocks[0]
+    """MB4D if the stage offers it, else its first block without attention, else its first."""
+    others = [choice for choice in stage.blocks if not is_attention(choice)]
+    return CONVOLUTION if CONVOLUTION in others else [*others, *stage.blocks][0]
+
+
+def _attention_of(stage: StageSpace) -> tuple[str, ...]:
+    return tuple(choice for choice in stage.blocks if is_attention(choice))
+
+
+def _draw(rng: random.Random, options: Sequence[str]) -> str:
+    return options[0] if len(options) == 1 else rng.choice(options)

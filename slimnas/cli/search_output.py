@@ -182,9 +182,11 @@ def print_result(inputs: SearchInputs, result: SearchResult, folder: Path, page:
 
     from slimnas.arch.cost import cost
     from slimnas.latency.regime import regimes
+    from slimnas.report.tables import block_mix
 
+    counts = result.space.counts_attention
     table = Table(box=None, pad_edge=False)
-    for heading in ("network", "widths", "depths", "MB3D"):
+    for heading in ("network", "widths", "depths", "MB3D" if counts else "blocks"):
         table.add_column(heading, no_wrap=True)
     timed = ("measured ms", "of target") if any(found.rounds for found in result.found) else ()
     for heading in ("params M", "GMACs", "latency ms", "interval", *timed, "search top-1"):
@@ -204,7 +206,7 @@ def print_result(inputs: SearchInputs, result: SearchResult, folder: Path, page:
             name,
             "-".join(map(str, row.architecture.widths)),
             "-".join(map(str, row.architecture.depths)),
-            str(row.architecture.count("mb3d")),
+            str(row.architecture.count("mb3d")) if counts else block_mix(row.architecture),
             f"{counted.params / 1e6:.2f}",
             f"{counted.macs / 1e9:.3f}",
             f"{row.estimate.latency_ms:.3f}",

@@ -10,7 +10,7 @@ import typer
 from slimnas.cli.output import JsonOption, print_json
 
 if TYPE_CHECKING:
-    from slimnas.arch.space import SearchSpace
+    from slimnas.arch.space import SearchSpace, Selection
 
 app = typer.Typer(no_args_is_help=True, help="Search spaces: which networks a search may find.")
 
@@ -70,9 +70,15 @@ def validate(
 def _summary(space: SearchSpace) -> dict[str, Any]:
     from slimnas.arch.cost import cost
 
-    smallest = cost(space.architecture(space.smallest()[0]))
+    def macs(selection: Selection) -> int:
+        return cost(space.architecture(selection)).macs
+
     attention = space.attention_counts()
-    largest = cost(space.architecture(space.largest(attention[-1])))
+    least, most = space.smallest()[0], space.largest(attention[-1])
+    for stage in range(0 if space.counts_attention else len(space.stages)):
+        least = min(space.variants(least, stage), key=macs)
+        most = max(space.variants(most, stage), key=macs)
+    smallest, largest = cost(space.architecture(least)), cost(space.architecture(most))
     return {
         "name": space.name,
         "slots": [stage.slots for stage in space.stages],

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 from slimnas.arch.architecture import Architecture
-from slimnas.arch.space import SearchSpace
+from slimnas.arch.space import SearchSpace, shipped_spaces
+from slimnas.arch.templates import ATTENTION, BLOCK_TYPES, CONVOLUTION
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import MissingLatencyError
 from slimnas.latency.keys import OVERHEAD, PriceKey, price_key, price_keys, price_parts
@@ -19,8 +20,11 @@ from slimnas.latency.table import LEVEL, LatencyTable
 NAMED = 3
 """Missing components named in an error line; the rest are counted."""
 
-SPACE_TYPES = frozenset({"conv_stem", "conv3x3", "mb4d", "mb3d", "linear"})
+SPACE_TYPES = BLOCK_TYPES | {"conv_stem", "conv3x3", "linear"}
 """Types that a search space's table holds; others need a table of their model."""
+
+EFFICIENTFORMER_BLOCKS = frozenset({CONVOLUTION, ATTENTION})
+"""Blocks that the shipped tables of phones have rows for."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,10 @@ def require_prices(space: SearchSpace, table: LatencyTable) -> None:
     missing = missing_components(space, table)
     if missing:
         unnamed = [("", key) for key in missing]
-        raise MissingLatencyError(_missing_line(unnamed, table, f"search space {space.name}"))
+        named = space.name if space.name in shipped_spaces() else "FILE"
+        raise MissingLatencyError(
+            _missing_line(unnamed, table, f"search space {space.name}", named)
+        )
 
 
 def _unpriced(price: Price | None) -> bool:
@@ -203,7 +210,9 @@ def _interval_ms(
     return max(0.0, total_ms - low_ms), total_ms + high_ms
 
 
-def _missing_line(missing: list[tuple[str, PriceKey]], table: LatencyTable, what: str) -> str:
+def _missing_line(
+    missing: list[tuple[str, PriceKey]], table: LatencyTable, what: str, space: str = "SPACE"
+) -> str:
     first: dict[PriceKey, str] = {}
     for name, key in missing:
         first.setdefault(key, name)
@@ -214,21 +223,27 @@ def _missing_line(missing: list[tuple[str, PriceKey]], table: LatencyTable, what
         named.append(f"{name + ': ' if name else ''}{key} ({closest})")
     more = f" and {len(first) - NAMED} more" if len(first) > NAMED else ""
     device = table.device.name
-    remedy = _remedy(set(first), table)
+    remedy = _remedy(set(first), table, space)
     return (
         f"{what}: the latency table {device!r} has no price for {'; '.join(named)}{more}; {remedy}"
     )
 
 
-def _remedy(missing: set[PriceKey], table: LatencyTable) -> str:
+def _remedy(missing: set[PriceKey], table: LatencyTable, space: str) -> str:
+    """What to do; `space` is what to give --space, as far as it is known."""
     if any(map(_is_pruned, missing)):
         return (
             "measure a table for it with 'slimnas latency build --model MODEL --device NAME', "
             "MODEL being the network before it was pruned"
         )
+    if {key.type for key in missing} & (BLOCK_TYPES - EFFICIENTFORMER_BLOCKS):
+        return (
+            f"measure a table of the search space with 'slimnas latency build --space {space} "
+            "--device NAME'"
+        )
     if table.device.kind == "estimated":
         return (
-            "stay within the shipped search spaces, or measure a device of your own with "
+            "stay within the efficientformer search spaces, or measure a device of your own with "
             "'slimnas latency build --device NAME'"
         )
     return f"measure them with 'slimnas latency build --device {table.device.name}'"

@@ -31,8 +31,8 @@ logarithm would give them the most weight."""
 SAME = 1.1
 """Prices that differ by less are called the same."""
 
-WHOLE_BLOCKS = frozenset({"mb4d", "mb3d"})
-"""Types that are priced whole; others by sub-layer."""
+SUB_LAYERED = frozenset({"vit", "swin"})
+"""Types that are priced by sub-layer; others whole."""
 
 _MACS_POWER = {"width": 2, "ffn_dim": 1, "heads": 1}
 """Power of a width that the MACs of a block grow with."""
@@ -182,7 +182,7 @@ def _numbers(key: PriceKey) -> dict[str, int]:
 
 def _kind(key: PriceKey) -> str:
     """The block's type, with the sub-layer where it is one."""
-    if key.type in WHOLE_BLOCKS:
+    if key.type not in SUB_LAYERED:
         return key.type
     return f"{key.type} {'FFN' if 'ffn_dim' in _numbers(key) else 'attention'}"
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 import slimnas
 from slimnas._files import atomic_write_text
+from slimnas.arch.templates import TITLES
 from slimnas.report import tables
 from slimnas.report.figures import (
     NARROW_IN,
@@ -145,12 +146,19 @@ def _training(report: RunReport, width_in: float) -> Figure:
 
 def _render(report: RunReport, pictures: list[Picture]) -> str:
     environment = page_environment()
-    environment.filters.update(interval=tables.interval, slug=target_slug)
+    environment.filters.update(
+        interval=tables.interval,
+        slug=target_slug,
+        mix=tables.block_mix,
+        title_of=lambda choice: TITLES[choice],
+    )
+    offered = {choice for stage in report.space.stages for choice in stage.choices}
     top1 = [network.search_top1 for network in report.found]
     return environment.get_template(TEMPLATE).render(
         report=report,
         networks=tables.network_rows(report),
         steps=tables.step_rows(report),
+        choices=[choice for choice in TITLES if choice in offered],
         figures={picture.name: picture.inline() for picture in pictures},
         figure_files=[f"{FIGURES}/{p.name}.{kind}" for p in pictures for kind in ("svg", "png")],
         off_scale=off_scale(report.trajectory),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from slimnas.arch.space import IDENTITY, SearchSpace
+from slimnas.arch.templates import TITLES
 from slimnas.arch.walk import walk
 from slimnas.latency.estimate import Estimate
 from slimnas.report.figures import (
@@ -29,13 +30,31 @@ from slimnas.report.figures import (
 )
 from slimnas.report.run import FoundNetwork, RunReport
 
-LABELS = {"mb4d": "MB4D", "mb3d": "MB3D"}
+LABELS = {
+    "mb4d": "MB4D",
+    "mb3d": "MB3D",
+    "hilo": "HiLo",
+    "cga": "CGA",
+    "mhsa": "MHSA",
+    "window": "Win",
+    "shifted_window": "SWin",
+    "sra": "SRA",
+    "linear_sra": "LSRA",
+    "tmsa": "TMSA",
+    "strided": "Str",
+    "lka": "LKA",
+    "conv_ffn": "CFFN",
+    "pool": "Pool",
+}
+"""What stands in a block of the architecture figure."""
+
+NARROW_LABELS = {"mb4d": "4D", "mb3d": "3D"}
 PART_TYPES = {
-    "mb4d": "MB4D blocks",
-    "mb3d": "MB3D blocks",
+    **{kind: f"{TITLES[kind]} blocks" for kind in LABELS},
     "down": "downsample",
     "other": "stem, head, overhead",
 }
+KEY_LINE_PT = 12.0
 
 
 @dataclass(frozen=True)
@@ -112,10 +131,10 @@ def architecture_figure(
     pitch = min((total - left - right) / slots, 46.0)
     latency = stage_latency(network.estimate)
     first = 46.0 if narrow else 26.0
+    key = _key_lines(_key_entries(space, narrow=narrow), total - left)
+    foot = (len(key) - 1) * KEY_LINE_PT - (16 if narrow else 4)
     with drawing_style():
-        figure, axes = canvas(
-            width_in, (first + len(space.stages) * row - (16 if narrow else 4)) / 72
-        )
+        figure, axes = canvas(width_in, (first + len(space.stages) * row + foot) / 72)
         for stage in range(len(space.stages)):
             middle = stage * row + first
             _stage_label(axes, network, space, stage, middle, narrow=narrow)
@@ -126,9 +145,7 @@ def architecture_figure(
             end = _stage_row(axes, network, space, stage, _Box(left, middle, pitch, 0))
             if stage + 1 < len(space.stages):
                 _turn(axes, (end, middle), (left, middle + row), 24 if narrow else row / 2)
-        _architecture_key(
-            axes, left, first + len(space.stages) * row - (30 if narrow else 20), narrow=narrow
-        )
+        _architecture_key(axes, key, left, first + len(space.stages) * row - (30 if narrow else 20))
     return figure
 
 
@@ -343,7 +360,8 @@ def _stage_row(
         if choice == IDENTITY:
             boxes.append(("", None, "muted"))
         else:
-            boxes.append((LABELS[choice][0 if wide else 2 :], choice, f"on_{choice}"))
+            label = LABELS[choice] if wide else NARROW_LABELS.get(choice, LABELS[choice])
+            boxes.append((label, choice, _text_on(choice)))
     if stage == len(space.stages) - 1:
         boxes.append(("head", "other", "on_other"))
     width = network.selection.widths[stage]
@@ -415,23 +433,60 @@ def _latency_handles(report: RunReport, parts: Mapping[str, Mapping[str, float]]
     return handles
 
 
-def _architecture_key(axes: Axes, x: float, y: float, *, narrow: bool) -> None:
+def _text_on(choice: str) -> str:
+    """The colour of text on a block's."""
+    return f"on_{choice}" if choice in NARROW_LABELS else "on_block"
+
+
+def _key_entries(space: SearchSpace, *, narrow: bool) -> list[tuple[str, str | None]]:
+    """What the colours of the architecture figure mean: words and colour, none for a ghost."""
     entries: list[tuple[str, str | None]] = [
         ("MB4D (pooling)", "mb4d"),
         ("MB3D (attention)", "mb3d"),
         ("slot not used", None),
     ]
+    if not space.counts_attention:
+        offered = dict.fromkeys(choice for stage in space.stages for choice in stage.blocks)
+        entries = [*((TITLES[choice], choice) for choice in offered), ("slot not used", None)]
     if not narrow:
         entries += [
             ("downsample", "down"),
             ("stem, head", "other"),
             ("width in its range", "width"),
         ]
-    for words, colour in entries:
-        box = _Box(x, y - 4, 10, 8)
-        if colour is None:
-            _box(axes, box, fill=None, edge=ink("ghost"), dashed=True)
-        else:
-            _box(axes, box, fill=ink(colour), edge=ink(colour))
-        _text(axes, x + 14, y, words, size=7, colour="muted", ha="left")
-        x += 24 + 4.3 * len(words)
+    return entries
+
+
+def _key_lines(
+    entries: Sequence[tuple[str, str | None]], room_pt: float
+) -> list[list[tuple[str, str | None]]]:
+    """The entries on as many lines as they need."""
+    lines: list[list[tuple[str, str | None]]] = [[]]
+    used = 0.0
+    for entry in entries:
+        needed = _key_pt(entry[0])
+        if lines[-1] and used + needed > room_pt:
+            lines.append([])
+            used = 0.0
+        lines[-1].append(entry)
+        used += needed
+    return lines
+
+
+def _key_pt(words: str) -> float:
+    return 24 + 4.3 * len(words)
+
+
+def _architecture_key(
+    axes: Axes, lines: Sequence[Sequence[tuple[str, str | None]]], left: float, y: float
+) -> None:
+    for number, entries in enumerate(lines):
+        x, middle = left, y + number * KEY_LINE_PT
+        for words, colour in entries:
+            box = _Box(x, middle - 4, 10, 8)
+            if colour is None:
+                _box(axes, box, fill=None, edge=ink("ghost"), dashed=True)
+            else:
+                _box(axes, box, fill=ink(colour), edge=ink(colour))
+            _text(axes, x + 14, middle, words, size=7, colour="muted", ha="left")
+            x += _key_pt(words)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from slimnas.arch.space import IDENTITY
+from slimnas.arch.templates import IDENTITY
 from slimnas.report.figures import WIDE_IN, drawing_style, ink, is_narrow, latency_label
 from slimnas.report.run import RunReport
 from slimnas.search.actions import Action
@@ -21,14 +21,17 @@ from slimnas.search.trajectory import Trajectory
 KINDS = {
     "drop_block": ("drop a block", "mb4d", "o"),
     "remove_attention": ("MB3D to MB4D", "mb3d", "D"),
+    "replace_block": ("a cheaper block", "mb3d", "D"),
     "narrow_stage": ("narrow a stage", "width", "s"),
     "restore_block": ("a block back", "mb4d", "P"),
     "add_attention": ("MB4D to MB3D", "mb3d", "^"),
+    "upgrade_block": ("a costlier block", "mb3d", "^"),
     "widen_stage": ("widen a stage", "width", "X"),
 }
 OPPOSITES = {
     "restore_block": "drop_block",
     "add_attention": "remove_attention",
+    "upgrade_block": "replace_block",
     "widen_stage": "narrow_stage",
 }
 """Kinds that share a lane, each with its own marker."""
@@ -160,9 +163,10 @@ def _lane(action: Action) -> tuple[str, int]:
 
 def _lane_name(lane: tuple[str, int]) -> str:
     kind, stage = lane
-    if kind == "drop_block":
-        return f"block, stage {stage + 1}"
-    return "MB3D, MB4D" if kind == "remove_attention" else f"width, stage {stage + 1}"
+    if kind == "remove_attention":
+        return "MB3D, MB4D"
+    what = {"drop_block": "block", "replace_block": "kind", "narrow_stage": "width"}[kind]
+    return f"{what}, stage {stage + 1}"
 
 
 def _latency_limits(report: RunReport) -> tuple[float, float]:

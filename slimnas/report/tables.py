@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from slimnas.arch.architecture import Architecture
+from slimnas.arch.templates import TITLES
 from slimnas.latency.estimate import Estimate
 from slimnas.report.plots import action_kind
 from slimnas.report.run import FoundNetwork, ReferenceNetwork, RunReport
@@ -84,6 +87,12 @@ def _why(step: Step) -> str:
         networks = "1 network" if step.corrections == 1 else f"{step.corrections} networks"
         words.append(f"prices corrected by {networks}")
     return "; ".join(words)
+
+
+def block_mix(architecture: Architecture) -> str:
+    """How many blocks of each type: `9 MB4D, 3 HiLo`."""
+    counts = Counter(block.type for stage in architecture.stages for block in stage.blocks)
+    return ", ".join(f"{count} {TITLES.get(kind, kind)}" for kind, count in counts.items())
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slimnas._files import atomic_write_text, read_text
-from slimnas.arch.space import ATTENTION, CONVOLUTION, IDENTITY, SearchSpace, Selection
+from slimnas.arch.space import IDENTITY, SearchSpace, Selection
 from slimnas.errors import WeightsError
 
 SCHEMA = "slimnas/importance/1"
@@ -56,13 +56,24 @@ class ImportanceRecord:
         """Sum of the importances of the stage's MetaPaths."""
         return sum(self.path_importance(stage, slot) for slot in range(len(self.alphas[stage])))
 
-    def start(self, space: SearchSpace) -> Selection:
-        """The largest network: every slot active, as many MB3D as the alphas find likeliest.
+    def log_odds(self, stage: int, slot: int, choice: str, other: str) -> float:
+        """log p(choice) - log p(other)."""
+        alphas = self.alphas[stage][slot]
+        return alphas[choice] - alphas[other]
 
-        The number of MB3D at the end maximises the summed log-probability over cut points.
+    def start(self, space: SearchSpace) -> Selection:
+        """The largest network: every slot active, with the block that the alphas find likeliest.
+
+        Where blocks with attention come last, their number maximises the summed log-probability
+        over cut points.
         """
-        best = max(space.attention_counts(), key=lambda n: self._log_likelihood(space.largest(n)))
-        return space.largest(best)
+        if not space.limits.attention_last:
+            return space.full(
+                tuple(self._likeliest(i, j, stage.blocks) for j in range(stage.slots))
+                for i, stage in enumerate(space.stages)
+            )
+        starts = [self._likeliest_alike(space, space.largest(n)) for n in space.attention_counts()]
+        return max(starts, key=self._log_likelihood)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with the derived figures beside the alphas."""
@@ -103,9 +114,22 @@ class ImportanceRecord:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{path}: not an importance record ({error}); delete it") from error
 
+    def _likeliest(self, stage: int, slot: int, blocks: Sequence[str]) -> str:
+        alphas = self.alphas[stage][slot]
+        return max(blocks, key=lambda block: alphas[block])
+
+    def _likeliest_alike(self, space: SearchSpace, selection: Selection) -> Selection:
+        """The same cut between blocks without attention and with it, each slot's likeliest."""
+        return space.full(
+            tuple(
+                self._likeliest(i, j, space.stages[i].alike(choice))
+                for j, choice in enumerate(slots)
+            )
+            for i, slots in enumerate(selection.paths)
+        )
+
     def _log_likelihood(self, selection: Selection) -> float:
         total = 0.0
         for stage, slot, choice in selection.active():
-            if choice in (CONVOLUTION, ATTENTION):
-                total += math.log(max(self.probabilities(stage, slot)[choice], 1e-300))
+            total += math.log(max(self.probabilities(stage, slot)[choice], 1e-300))
         return total

@@ -285,13 +285,16 @@ def _evaluator(
 ) -> SelectionEvaluator:
     supernet.eval()
     device = next(supernet.parameters()).device
-    start = importance.start(supernet.space)
-    without_attention = supernet.space.largest(supernet.space.attention_counts()[0])
+    space = supernet.space
+    start = importance.start(space)
+    others = space.every_block()
+    if space.counts_attention:
+        others = (space.largest(space.attention_counts()[0]),)
     batches = data.train.batches(
         TAYLOR_BATCH, device=device, seed=config.seed, epoch=0, augment=False
     )
     some = [batch for _, batch in zip(range(TAYLOR_BATCHES), batches, strict=False)]
-    routings = [supernet.fixed_routes(s) for s in dict.fromkeys((start, without_attention))]
+    routings = [supernet.fixed_routes(s) for s in dict.fromkeys((start, *others))]
     order = taylor_order(supernet, routings, some)
     calibration, _ = next(
         data.train.batches(

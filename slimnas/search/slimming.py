@@ -245,9 +245,15 @@ def cheapest(space: SearchSpace, price: Price) -> tuple[Selection, float]:
     """The fastest selection of the space by the table, and its latency in ms.
 
     Every stage at least width and least depth; latencies grow with both in any table worth
-    using, so only the number of MB3D is left to try.
+    using, so only the number of MB3D is left to try. Where slots choose from more, each stage gets
+    its cheapest blocks: stages do not change each other's prices.
     """
-    options = [(price(selection), selection) for selection in space.smallest()]
+    options = []
+    for selection in space.smallest():
+        least = selection
+        for stage in range(0 if space.counts_attention else len(space.stages)):
+            least = min(space.variants(least, stage), key=price)
+        options.append((price(least), least))
     latency_ms, selection = min(options, key=lambda option: option[0])
     return selection, latency_ms
 

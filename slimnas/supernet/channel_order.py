@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from slimnas.supernet.gumbel import Route
-from slimnas.supernet.inherit import ChannelOrder, magnitude_order, order_of, sum_by_group
+from slimnas.supernet.inherit import (
+    ChannelOrder,
+    group_chunks,
+    magnitude_order,
+    order_of,
+    sum_by_group,
+)
 from slimnas.supernet.supernet import Supernet
 
 
@@ -49,7 +55,7 @@ def taylor_order(
             }
             for group, first_order in sum_by_group(supernet, products).items():
                 scores[group] = scores.get(group, 0.0) + first_order.square()
-    measured = order_of(scores)
+    measured = order_of(scores, group_chunks(supernet))
     fallback = magnitude_order(supernet)
     return {
         group: measured[group] if bool(scores[group].any()) else fallback[group]

@@ -2,11 +2,13 @@
 
 A width is met by keeping the channels that come first in an order of importance. The order is
 found once and shared by everything that reads or writes the channels, so a narrow network's
-channels are always a subset of a wider one's.
+channels are always a subset of a wider one's. Where heads share a stage's channels, the order
+goes round the heads, so that each keeps as many.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from slimnas.arch.architecture import Architecture
-from slimnas.arch.documents import Spec
-from slimnas.arch.efficientformer import MB3D, MB4D, ConvStem
+from slimnas.arch.efficientformer import ConvStem
 from slimnas.arch.space import IDENTITY, Selection
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import SpecError
 from slimnas.nn.build import Network, build, make_module
-from slimnas.nn.channels import CHANNEL_AXES, HIDDEN, IN, OUT
+from slimnas.nn.channels import HIDDEN, IN, OUT, Channels, Run, Runs
+from slimnas.nn.channels_shared import channels_of
 from slimnas.nn.resolution import adapt_state_dict
 from slimnas.supernet.metapath import MetaPath
 
@@ -31,46 +33,79 @@ if TYPE_CHECKING:
 ChannelOrder = Mapping[str, Tensor]
 """Group of channels -> int64 indexes, most important first.
 
-Groups: `stages.{i}` (the residual width of a stage), `stem.hidden`, and
-`stages.{i}.slots.{j}.blocks.{choice}.hidden`.
+Groups: `stages.{i}` (the residual width of a stage), `stem.hidden`, and of every block
+`stages.{i}.slots.{j}.blocks.{choice}.hidden`, and what else it has inside its heads.
 """
 
 
 @dataclass(frozen=True)
 class SupernetPart:
-    """A module of the supernet with the groups its channel axes belong to."""
+    """A module of the supernet and the groups its channels belong to.
+
+    Attributes:
+        name: of the module.
+        module: at full width.
+        channels: how its tensors hold them.
+        groups: the component's name of a group -> the supernet's.
+        sizes: the component's name of a group -> number of its channels.
+    """
 
     name: str
-    spec_type: type[Spec]
     module: nn.Module
+    channels: Channels
     groups: Mapping[str, str]
+    sizes: Mapping[str, int]
+
+    def bounds(self, run: Run) -> tuple[int, int]:
+        """First and last position, exclusive, of a run in its group."""
+        size = self.sizes[run.group]
+        return int(run.first * size), int(run.last * size)
 
 
 def supernet_parts(supernet: Supernet) -> Iterator[SupernetPart]:
     """Stem, downsamples, every candidate block and head, each with its channel groups."""
-    yield SupernetPart("stem", ConvStem, supernet.stem, {OUT: "stages.0", HIDDEN: "stem.hidden"})
-    last = len(supernet.space.stages) - 1
+    widths = [stage.width.max for stage in supernet.space.stages]
+    stem = channels_of(ConvStem(width=widths[0]), widths[0])
+    yield SupernetPart(
+        "stem",
+        supernet.stem,
+        stem,
+        {OUT: "stages.0", HIDDEN: "stem.hidden"},
+        {OUT: widths[0], **stem.sizes},
+    )
+    last = len(widths) - 1
     for i, (stage, space) in enumerate(
         zip(supernet.super_stages(), supernet.space.stages, strict=True)
     ):
         if stage.downsample is not None and space.downsample is not None:
             yield SupernetPart(
                 f"stages.{i}.downsample",
-                type(space.downsample),
                 stage.downsample,
+                channels_of(space.downsample, widths[i]),
                 {IN: f"stages.{i - 1}", OUT: f"stages.{i}"},
+                {IN: widths[i - 1], OUT: widths[i]},
             )
         for j, slot in enumerate(stage.slots):
             assert isinstance(slot, MetaPath)
             for choice, block in slot.blocks.items():
                 name = f"stages.{i}.slots.{j}.blocks.{choice}"
+                channels = channels_of(supernet.space.blocks.block(choice, widths[i]), widths[i])
+                inside = {group: f"{name}.{group}" for group in channels.sizes}
                 yield SupernetPart(
                     name,
-                    type(supernet.space.blocks.block(choice, space.width.max)),
                     block,
-                    {OUT: f"stages.{i}", HIDDEN: f"{name}.hidden"},
+                    channels,
+                    {OUT: f"stages.{i}", **inside},
+                    {OUT: widths[i], **channels.sizes},
                 )
-    yield SupernetPart("head", type(supernet.space.head), supernet.head, {IN: f"stages.{last}"})
+    head = supernet.space.head
+    yield SupernetPart(
+        "head",
+        supernet.head,
+        channels_of(head, widths[last]),
+        {IN: f"stages.{last}"},
+        {IN: widths[last]},
+    )
 
 
 def sum_by_group(supernet: Supernet, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -80,34 +115,40 @@ def sum_by_group(supernet: Supernet, values: Mapping[str, Tensor]) -> dict[str, 
     """
     sums: dict[str, Tensor] = {}
     for part in supernet_parts(supernet):
-        axes = CHANNEL_AXES[part.spec_type]
-        for tensor_name, parameter in part.module.named_parameters():
-            for axis, axis_name in enumerate(axes.get(tensor_name, ())):
-                if axis_name is None:
-                    continue
-                group = part.groups[axis_name]
-                total = sums.setdefault(
-                    group, torch.zeros(parameter.shape[axis], dtype=torch.float64)
-                )
-                value = values.get(f"{part.name}.{tensor_name}")
-                if value is not None:
-                    others = [d for d in range(value.dim()) if d != axis]
-                    whole = value.cpu().double()  # not every device has float64
-                    total += whole.sum(dim=others) if others else whole
+        for tensor_name, _ in part.module.named_parameters():
+            value = values.get(f"{part.name}.{tensor_name}")
+            for axis, runs in enumerate(part.channels.axes.get(tensor_name, ())):
+                if runs is not None:
+                    _add_runs(sums, part, runs, None if value is None else _along(value, axis))
     return sums
 
 
-def order_of(scores: Mapping[str, Tensor]) -> ChannelOrder:
-    """Most important channels first; equals in their own order."""
-    return {
-        group: torch.argsort(score, descending=True, stable=True) for group, score in scores.items()
-    }
+def group_chunks(supernet: Supernet) -> dict[str, int]:
+    """Equal runs of each group that must keep equally many channels; groups of one left out."""
+    chunks: dict[str, int] = {}
+    for part in supernet_parts(supernet):
+        for group, count in part.channels.chunks.items():
+            name = part.groups[group]
+            chunks[name] = math.lcm(chunks.get(name, 1), count)
+    return {group: count for group, count in chunks.items() if count > 1}
+
+
+def order_of(scores: Mapping[str, Tensor], chunks: Mapping[str, int] | None = None) -> ChannelOrder:
+    """Most important channels first; equals in their own order.
+
+    Args:
+        scores: group -> importance of its channels.
+        chunks: see `group_chunks`; of each run the most important one, then of each run the
+            second, and so on.
+    """
+    chunks = chunks or {}
+    return {group: _ranked(score, chunks.get(group, 1)) for group, score in scores.items()}
 
 
 def magnitude_order(supernet: Supernet) -> ChannelOrder:
     """Channels by the sum of squares of every weight that reads or writes them."""
     squares = {name: p.detach().square() for name, p in supernet.named_parameters()}
-    return order_of(sum_by_group(supernet, squares))
+    return order_of(sum_by_group(supernet, squares), group_chunks(supernet))
 
 
 def place(supernet: Supernet, architecture: Architecture) -> Selection:
@@ -118,13 +159,13 @@ def place(supernet: Supernet, architecture: Architecture) -> Selection:
     Raises:
         SpecError: the architecture is outside the supernet's space.
     """
-    widths = supernet.space.select(architecture).widths
-    stages = zip(architecture.stages, supernet.super_stages(), supernet.space.stages, strict=True)
+    selection = supernet.space.select(architecture)
+    stages = zip(selection.paths, supernet.super_stages(), supernet.space.stages, strict=True)
     paths = [
-        _place_stage([block.type for block in spec.blocks], stage.slots, space.choices)
-        for spec, stage, space in stages
+        _place_stage([c for c in slots if c != IDENTITY], stage.slots, space.choices)
+        for slots, stage, space in stages
     ]
-    return Selection(widths, tuple(paths))
+    return Selection(selection.widths, tuple(paths))
 
 
 class Inheritance:
@@ -205,12 +246,8 @@ class Inheritance:
         return network
 
     def _kept(self, component: Component, part: SupernetPart) -> dict[str, Tensor]:
-        sizes = {IN: component.input.channels, OUT: component.output.channels}
-        spec = component.spec
-        if isinstance(spec, ConvStem):
-            sizes[HIDDEN] = spec.width // 2
-        elif isinstance(spec, (MB4D, MB3D)):
-            sizes[HIDDEN] = spec.hidden(component.input.channels)
+        inside = channels_of(component.spec, component.output.channels).sizes
+        sizes = {IN: component.input.channels, OUT: component.output.channels, **inside}
         # Ascending, so that the full width is the supernet's own order of channels.
         return {
             axis: self.order[group][: sizes[axis]].sort().values
@@ -219,10 +256,52 @@ class Inheritance:
 
 
 def _sliced(tensor: Tensor, part: SupernetPart, name: str, kept: Mapping[str, Tensor]) -> Tensor:
-    for axis, axis_name in enumerate(CHANNEL_AXES[part.spec_type].get(name, ())):
-        if axis_name is not None:
-            tensor = tensor.index_select(axis, kept[axis_name].to(tensor.device))
+    for axis, runs in enumerate(part.channels.axes.get(name, ())):
+        if runs is None:
+            continue
+        places = [_places(part, run, kept[run.group]) for run in runs]
+        lengths = [last - first for first, last in map(part.bounds, runs)]
+        starts = [sum(lengths[:i]) for i in range(len(runs))]
+        chosen = torch.cat([place + start for place, start in zip(places, starts, strict=True)])
+        tensor = tensor.index_select(axis, chosen.to(tensor.device))
+        if any(run.keeps_logits for run in runs):
+            factors = [
+                torch.full((len(place),), (len(place) / length) ** (run.keeps_logits / 2))
+                for run, place, length in zip(runs, places, lengths, strict=True)
+            ]
+            shape = (-1,) + (1,) * (tensor.dim() - axis - 1)
+            tensor = tensor * torch.cat(factors).to(tensor).view(shape)
     return tensor
+
+
+def _places(part: SupernetPart, run: Run, kept: Tensor) -> Tensor:
+    """Positions within a run of those of the group's channels that are kept."""
+    first, last = part.bounds(run)
+    return kept[(kept >= first) & (kept < last)] - first
+
+
+def _along(value: Tensor, axis: int) -> Tensor:
+    """Sum over every axis but one."""
+    others = [d for d in range(value.dim()) if d != axis]
+    whole = value.cpu().double()  # not every device has float64
+    return whole.sum(dim=others) if others else whole
+
+
+def _add_runs(sums: dict[str, Tensor], part: SupernetPart, runs: Runs, line: Tensor | None) -> None:
+    start = 0
+    for run in runs:
+        size = part.sizes[run.group]
+        total = sums.setdefault(part.groups[run.group], torch.zeros(size, dtype=torch.float64))
+        first, last = part.bounds(run)
+        if line is not None:
+            total[first:last] += line[start : start + last - first]
+        start += last - first
+
+
+def _ranked(score: Tensor, chunks: int) -> Tensor:
+    best = torch.argsort(score.view(chunks, -1), dim=1, descending=True, stable=True)
+    first = torch.arange(chunks, device=score.device)[:, None] * best.shape[1]
+    return (best + first).T.flatten()
 
 
 def _place_stage(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slimnas.arch.shapes import FeatureShape
-from slimnas.arch.space import IDENTITY
+from slimnas.arch.templates import IDENTITY
 from slimnas.nn.layout import as_layout, run_module
 from slimnas.supernet.gumbel import Route, mix, straight_through
 

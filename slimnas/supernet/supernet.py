@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.efficientformer import LinearHead
+from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.space import SearchSpace, Selection
 from slimnas.arch.walk import Component, walk
+from slimnas.errors import SpecError
 from slimnas.nn.build import Network, make_module
 from slimnas.nn.layout import run_module
 from slimnas.nn.seeding import seeded
@@ -31,8 +33,12 @@ class Supernet(nn.Module):
         space: the search space; its head gives the number of classes.
         resolution: side of the square training images in pixels, the proxy for deployment.
         seed: of the initial weights.
-        layer_scale: initial value of every layer scale. EfficientFormer starts at 1e-5 and
-            trains for hundreds of epochs; a supernet trains for few.
+        layer_scale: initial value of every layer scale, and of BatchNorms that would start at
+            0. EfficientFormer starts at 1e-5 and trains for hundreds of epochs; a supernet trains
+            for few.
+
+    Raises:
+        SpecError: a block cannot take its map at this resolution.
     """
 
     stem: nn.Module
@@ -56,6 +62,9 @@ class Supernet(nn.Module):
             for name, parameter in self.named_parameters():
                 if name.endswith(".gamma"):
                     parameter.fill_(layer_scale)
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+                    module.weight.fill_(layer_scale)
 
     def forward(self, images: Tensor, routes: Sequence[Route]) -> Tensor:
         """Map images (B, c, R, R) to logits (B, K) along `routes`, one per MetaPath in order."""
@@ -147,6 +156,7 @@ def _make_stage(space: SearchSpace, index: int, parts: dict[str, Component]) -> 
     slots = []
     for slot in range(stage.slots):
         shape = parts[f"stages.{index}.blocks.{slot}"].input
+        _require_fitting(space, index, shape)
         blocks = {
             choice: make_module(
                 Component(
@@ -167,6 +177,17 @@ def _make_stage(space: SearchSpace, index: int, parts: dict[str, Component]) -> 
         slots,
         downsample.input if downsample is not None else slots[0].shape,
     )
+
+
+def _require_fitting(space: SearchSpace, index: int, shape: FeatureShape) -> None:
+    for choice in space.stages[index].blocks:
+        fault = space.blocks.fault(choice, shape)
+        if fault is not None:
+            raise SpecError(
+                f"search space {space.name}: cannot train its supernet at this resolution: "
+                f"{choice} of stages[{index}] gets a map of {shape.height}x{shape.width}; {fault}; "
+                "give another --resolution"
+            )
 
 
 def head_classes(supernet: Supernet) -> int:
