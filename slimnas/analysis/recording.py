@@ -1,0 +1,117 @@
+"""How a network is profiled, and what a profiler saw: the values that profilers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+
+from slimnas.analysis.operators import Operator
+from slimnas.analysis.places import Place
+from slimnas.errors import AnalysisError
+
+DTYPES = ("fp32", "bf16", "fp16")
+DEVICES = ("cpu", "cuda")
+
+RuntimeName = Literal["torch", "onnxruntime"]
+Attention = Literal["fused", "explicit"]
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """How a network is profiled.
+
+    Attributes:
+        runtime: whose profiler.
+        device: cpu or cuda.
+        dtype: number format of weights and maps.
+        batch: images per run.
+        threads: of the CPU.
+        iterations: runs that count.
+        warm_up: runs before them.
+        folded: as deployed, BatchNorm in the convolutions before it.
+        attention: of torch: `fused` runs what the network asks for, `explicit` products, softmax
+            and products, as the networks of the paper did.
+        seed: of the image.
+    """
+
+    runtime: RuntimeName = "torch"
+    device: str = "cpu"
+    dtype: str = "fp32"
+    batch: int = 8
+    threads: int = 1
+    iterations: int = 10
+    warm_up: int = 3
+    folded: bool = True
+    attention: Attention = "fused"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be profiled.
+
+        Raises:
+            AnalysisError: one line.
+        """
+        for name in ("batch", "threads", "iterations"):
+            if getattr(self, name) < 1:
+                raise AnalysisError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, known in (("device", DEVICES), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                raise AnalysisError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.runtime == "onnxruntime" and (self.device, self.dtype) != ("cpu", "fp32"):
+            raise AnalysisError(
+                "ONNX Runtime is profiled on the CPU in fp32 only, got "
+                f"{self.device} and {self.dtype}; use runtime torch"
+            )
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise AnalysisError(
+                f"device cuda: torch {torch.__version__} finds none here; use device cpu"
+            )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One operator in one place of the network.
+
+    Attributes:
+        place: where.
+        operator: which.
+        calls: per run.
+        times_ms: its time in every run that counts, all calls together.
+        macs: per run, of the whole batch.
+        bytes: read and written per run.
+    """
+
+    place: Place
+    operator: Operator
+    calls: int
+    times_ms: tuple[float, ...]
+    macs: int
+    bytes: int
+
+    @cached_property
+    def ms(self) -> float:
+        """Median over the runs: one that was interrupted does not count."""
+        return float(np.median(self.times_ms))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a profiler saw.
+
+    Attributes:
+        cells: every operator in every place.
+        forward_ms: a whole run without the profiler, several times.
+        version: of the runtime.
+        compute_unit: `cpu`, or the name of the GPU.
+    """
+
+    cells: tuple[Cell, ...]
+    forward_ms: tuple[float, ...]
+    version: str
+    compute_unit: str
