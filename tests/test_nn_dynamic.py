@@ -16,7 +16,7 @@ from slimnas.errors import InputSizeError
 from slimnas.nn.build import FeatureNetwork, build_features
 from slimnas.nn.dynamic import KEPT_SIZES, DynamicFeatureNetwork, dynamic
 from slimnas.nn.fold import fold
-from slimnas.nn.resolution import adapt_state_dict
+from slimnas.nn.resolution import adapt_state_dict, resizings
 from slimnas.zoo.registry import builtin_names, family_of, get
 
 FAMILIES = tuple(SMALL_MODELS)
@@ -30,10 +30,10 @@ def backbone(family: str) -> DynamicFeatureNetwork:
     network = build_features(small_model(family), seed=1).double()
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for tensor in (*network.parameters(), *network.buffers()):
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
             if tensor.is_floating_point():
                 noise = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-                tensor.add_(0.2 * noise)
+                tensor.add_(0.2 * (noise if name.endswith("running_var") else noise - 0.5))
     return dynamic(network).eval()
 
 
@@ -89,6 +89,8 @@ def test_gradients_reach_its_own_parameters(family: str) -> None:
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     state = {name: tensors[name] for name in network.state_dict()}
     moved = adapt_state_dict(state, source=source, target=target)
+    tables = resizings(source=source, target=target)
+    assert tables or family == "litv2"
     reference = build_features(target).double().eval()
     maps = functional_call(reference, moved, (x,))
     sum(m.square().mean() for m in maps).backward()
@@ -97,7 +99,7 @@ def test_gradients_reach_its_own_parameters(family: str) -> None:
         grad = mine[name]
         assert grad is not None, name
         assert parameter.grad is not None, name
-        assert float(grad.abs().max()) > 0, name
+        assert name not in tables or float(grad.abs().max()) > 0, name
         torch.testing.assert_close(grad, parameter.grad, rtol=1e-9, atol=1e-12)
         looked_at += 1
     assert looked_at > 15
@@ -178,9 +180,7 @@ def test_only_the_last_sizes_are_kept() -> None:
         ("efficientformerv2", (40, 48), r"^small_efficientformerv2 for images of 40x48: stages"),
     ],
 )
-def test_sizes_that_a_family_cannot_take(
-    family: str, size: tuple[int, int], message: str
-) -> None:
+def test_sizes_that_a_family_cannot_take(family: str, size: tuple[int, int], message: str) -> None:
     with pytest.raises(InputSizeError, match=message) as caught:
         backbone(family)(images(size))
     assert "\n" not in str(caught.value)

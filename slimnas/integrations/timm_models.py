@@ -38,6 +38,7 @@ default_cfgs: dict[str, Any] = {}
 """Settings of every registered model by its name; timm reads them from here."""
 
 HUB_FILE = "model.safetensors"
+COLOURS = 3
 NEUTRAL = ("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate")
 """Options that timm's scripts always give; these networks have none of it."""
 
@@ -337,11 +338,15 @@ def _with_channels(network: Network, channels: int, pretrained: bool, seed: int)
     data["input"] = {**data["input"], "channels": channels}
     made = build(Architecture.from_dict(data, source=architecture.name), seed=seed)
     state, name = network.state_dict(), f"stem.{_first_conv(network.stem)}.weight"
-    if pretrained:
-        before = architecture.input.channels
-        state[name] = adapt_input_conv(channels, state[name], base_chans=before)
-    else:
+    if not pretrained:
         state[name] = made.state_dict()[name]
+    elif architecture.input.channels == COLOURS:
+        state[name] = adapt_input_conv(channels, state[name])
+    else:
+        raise ZooError(
+            f"{architecture.name}: in_chans: only weights for {COLOURS} channels can be adapted, "
+            f"these are for {architecture.input.channels}"
+        )
     made.load_state_dict(state)
     return made
 
@@ -349,7 +354,7 @@ def _with_channels(network: Network, channels: int, pretrained: bool, seed: int)
 def _first_conv(stem: nn.Module) -> str:
     for name, part in stem.named_modules():
         if isinstance(part, nn.Conv2d):
-            return name
+            return str(name)
     raise WeightsError("this network begins with no convolution, so its channels cannot change")
 
 
@@ -374,4 +379,6 @@ def _without(module: nn.Module, parts: Sequence[nn.Module]) -> nn.Module:
 
 def _refuse_pooling(pooling: str | None) -> None:
     if pooling not in (None, "avg", "token", "fast"):
-        raise ZooError(f"global_pool must be left out: the head pools as published; got {pooling!r}")
+        raise ZooError(
+            f"global_pool must be left out: the head pools as published; got {pooling!r}"
+        )

@@ -145,9 +145,7 @@ def _variants(blocks: Sequence[Component]) -> Iterator[Block]:
         yield spec
 
 
-def _narrowed(
-    spec: Block, grid: Mapping[str, Sequence[int]], absent: Widths
-) -> Iterator[Block]:
+def _narrowed(spec: Block, grid: Mapping[str, Sequence[int]], absent: Widths) -> Iterator[Block]:
     for values in product(*grid.values()):
         yield spec.model_copy(update={**dict(zip(grid, values, strict=True)), **absent})
 

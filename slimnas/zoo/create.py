@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Literal, cast, overload
 
 from slimnas.errors import WeightsError, ZooError
 from slimnas.nn.build import FeatureNetwork, Network, Stage, build
@@ -120,24 +120,18 @@ def find_weights(entry: Entry) -> Path:
         return entry.weights
     published = published_weights(entry)
     if published is None:
+        told = entry.architecture.provenance.get("official_weights")
+        elsewhere = f", and none on a hub ({told})" if told else ""
         raise WeightsError(
-            f"{entry.name}: no weights beside the architecture; give a weights file, or take it "
-            "untrained"
-        )
-    if "repository" not in published:
-        raise WeightsError(
-            f"{entry.name}: its published weights are not on the Hugging Face hub; download them "
-            f"from {published.get('url', 'where its authors keep them')} and give the file"
+            f"{entry.name}: no weights beside the architecture{elsewhere}; give a weights file, or "
+            "take it untrained"
         )
     return download(published["repository"], published["file"], sha256=published.get("sha256"))
 
 
-def published_weights(entry: Entry) -> dict[str, Any] | None:
-    """Where the weights of a built-in entry are: repository, file and, if known, sha256.
-
-    Those that no hub has may have a `url` only.
-    """
+def published_weights(entry: Entry) -> dict[str, str] | None:
+    """Where on the hub the weights of a built-in entry are: repository, file, sha256 if known."""
     if entry.source != "built-in":
         return None
-    weights: dict[str, Any] | None = entry.architecture.provenance.get("weights")
+    weights: dict[str, str] | None = entry.architecture.provenance.get("weights")
     return weights
