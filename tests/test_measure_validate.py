@@ -136,6 +136,15 @@ def test_another_pace_of_the_machine_is_told_apart_from_the_error(job: ValidateJ
     assert found.repeat_percent == pytest.approx(0.0, abs=1e-3)
 
 
+def test_pace_is_that_of_whole_networks_not_of_the_small_reference(job: ValidateJob) -> None:
+    off = replace(job.record, reference_ms=1.1 * job.record.reference_ms)
+    found = run(replace(job, record=off))
+    assert found.pace == pytest.approx(1.0, rel=1e-5)
+    assert len(off.anchors) == 6
+    alone = replace(job, record=replace(off, anchors=()), output=job.output.with_name("alone"))
+    assert run(alone).pace == pytest.approx(1 / 1.1, rel=1e-5)
+
+
 def test_repeat_is_the_error_of_one_half_of_the_passes_against_the_other(job: ValidateJob) -> None:
     found = run(job, FakeMachine(noise=0.02))
     assert len(found.halves_ms) == COUNT
@@ -191,7 +200,7 @@ def test_interrupted_validation_goes_on_and_ends_the_same(job: ValidateJob, load
     machine = FakeMachine()
     finished = run(job, machine)
     assert machine.loads == 0
-    assert finished.resumed == 2 * COUNT
+    assert finished.resumed == 2 * (COUNT + len(job.record.anchors)) == 24
     read_back = [one.measured_ms for one in finished.checks]
     assert read_back == pytest.approx(measured, rel=1e-5)  # the journal has nanoseconds
 

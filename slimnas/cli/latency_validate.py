@@ -131,8 +131,8 @@ def _lines(found: Validation) -> list[str]:
         )
     change = "slower" if found.pace >= 1 else "faster"
     lines.append(
-        f"the machine is {100 * abs(found.pace - 1):.1f} % {change} than during the build by the "
-        "reference network, for which measurements are corrected; without that: mean error "
-        f"{found.unscaled.mape_percent:.2f} %"
+        f"the machine is {100 * abs(found.pace - 1):.1f} % {change} than during the build by "
+        "networks timed then and now, for which measurements are corrected; without that: mean "
+        f"error {found.unscaled.mape_percent:.2f} %"
     )
     return lines

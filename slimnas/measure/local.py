@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,16 @@ from slimnas.measure.describe import scope_of
 from slimnas.measure.journal import read_journal
 from slimnas.measure.machine import this_machine
 from slimnas.measure.networks import Loader
-from slimnas.measure.results import usual_pace
+from slimnas.measure.results import network_timings, timings, usual_pace
+from slimnas.measure.schedule import Networks, timed_plan
 from slimnas.measure.scope import Parts, Scope, SpaceScope
 from slimnas.measure.timing import Clocks, Protocol
 from slimnas.measure.visits import time_networks
 from slimnas.runtimes.base import Runtime
 from slimnas.runtimes.registry import get_runtime
+
+ANCHORS = 8
+"""Networks of a build that a later measurement times again to learn the machine's pace."""
 
 PASSES = 4
 """Times a network is loaded and timed anew, at least: where it comes to lie in memory shows, and
@@ -39,12 +43,14 @@ class BuildRecord:
         protocol: how it was timed.
         timed: names of the entries that were.
         reference_ms: latency of the reference network meanwhile.
+        anchors: some of the calibration networks, fast and slow ones.
     """
 
     scope: Scope
     protocol: Protocol
     timed: frozenset[str]
     reference_ms: float
+    anchors: tuple[NetworkTiming, ...] = ()
 
     @classmethod
     def load(cls, folder: str | Path) -> BuildRecord:
@@ -57,12 +63,17 @@ class BuildRecord:
         header, visits = read_journal(path)
         try:
             protocol = Protocol.from_dict(header["protocol"])
+            networks = Networks(**header["networks"])
         except (KeyError, TypeError, ValueError) as error:
             raise LatencyTableError(
                 f"{path}: protocol: must be one of this version; build the table anew"
             ) from error
+        scope = scope_of(header, str(path))
+        plan = timed_plan(scope, protocol, networks, visits)
+        calibration = network_timings(plan.calibration, timings(plan.entries, visits))
         return cls(
-            scope=scope_of(header, str(path)),
+            scope=scope,
+            anchors=_spread(calibration, ANCHORS),
             protocol=protocol,
             timed=frozenset(visit.entry for visit in visits),
             reference_ms=usual_pace(one for visit in visits for one in visit.rounds),
@@ -126,6 +137,14 @@ class LocalDevice:
             clocks=self.clocks,
         )
         return timing, reference_ms
+
+
+def _spread(networks: Sequence[NetworkTiming], count: int) -> tuple[NetworkTiming, ...]:
+    """Up to `count` of `networks`, evenly by the rank of their latency."""
+    ranked = sorted(networks, key=lambda one: one.latency_ms)
+    if len(ranked) <= count:
+        return tuple(ranked)
+    return tuple(ranked[round(i * (len(ranked) - 1) / (count - 1))] for i in range(count))
 
 
 def require_measured_here(table: LatencyTable) -> None:

@@ -1,9 +1,10 @@
 """The timing protocol: what one round is, when it counts, and what its samples mean.
 
 A round times every term of an entry in shuffled order, with the reference network before and
-after. When the reference is further than `max_drift` from its running median, the machine was
-doing something else: the whole round is rejected, never a single sample, and repeated. Every
-rejected round stays in the journal.
+after. When the reference is further than `max_drift` from its running lower quartile, the machine
+was doing something else: the whole round is rejected, never a single sample, and repeated. Every
+rejected round stays in the journal. It is the quartile, not the median, because a disturbance only
+ever slows: the machine's own pace stays in sight until it is disturbed three quarters of the time.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Call = Callable[[], object]
 """Runs a loaded network once."""
 
 WINDOW = 101
-"""Reference timings that the running median looks back on."""
+"""Reference timings that the running quartile looks back on."""
 
 BUSY = 1.2
 """Working threads per thread given, beyond which a runtime uses more than it was given."""
@@ -46,7 +47,7 @@ class Protocol:
             same but for the turns that other processes take; for machines never left alone.
         rounds: accepted rounds per entry and pass.
         passes: how often each entry is visited, in newly loaded networks and another order.
-        max_drift: how far the reference may be from its running median, as a share.
+        max_drift: how far the reference may be from its running lower quartile, as a share.
         visit_ms: how long one network is timed in one round.
         sample_ms: least duration of one sample; fast networks run several times in it.
         settled: warm-up ends when medians of neighbouring windows differ by less, as a share.
@@ -95,9 +96,9 @@ class Protocol:
             "components by differencing networks with and without them; BN folded; "
             f"{self.passes} passes of "
             f"{self.rounds} rounds in shuffled order, a reference network around each; rounds "
-            f"with a reference more than {100 * self.max_drift:g} % from its running median "
-            "rejected, the others scaled by it, those at another pace altogether left out; median "
-            "over rounds, spread is the IQR"
+            f"with a reference more than {100 * self.max_drift:g} % from its running lower "
+            "quartile rejected, the others scaled by it, those at another pace left out; "
+            "median over rounds, spread is the IQR"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,7 +166,7 @@ class Stopwatch:
         self._reference_repeat = self._warm_up(reference)
 
     def prime(self, paces_ms: Sequence[float] = (), visits: int = WINDOW) -> None:
-        """Give the running median something to go by: earlier paces, else some visits now."""
+        """Give the running quartile something to go by: earlier paces, else some visits now."""
         self._paces.extend(paces_ms)
         if not self._paces:
             self._paces.extend(self._pace() for _ in range(visits))
@@ -218,14 +219,15 @@ class Stopwatch:
         return Round((before, after), tuple(samples[i] for i in sorted(samples)), accepted)
 
     def _is_usual(self, pace: float) -> bool:
-        return abs(pace / median(self._paces) - 1) <= self.protocol.max_drift
+        own = sorted(self._paces)[len(self._paces) // 4]
+        return abs(pace / own - 1) <= self.protocol.max_drift
 
     def _too_busy(self, name: str) -> str:
         return (
             f"{name}: the reference network stayed more than {100 * self.protocol.max_drift:g} % "
-            f"off its running median for {self.protocol.patience_s:g} s; the machine is too busy: "
-            "free it and start the same command again, it goes on here; where it is never free, "
-            "measure on one thread with --clock cpu"
+            f"off its running lower quartile for {self.protocol.patience_s:g} s; the machine is "
+            "too busy: free it and start the same command again, it goes on here; where it is "
+            "never free, measure on one thread with --clock cpu"
         )
 
     def _pace(self) -> float:

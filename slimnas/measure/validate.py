@@ -7,7 +7,7 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from slimnas import __version__
@@ -64,8 +64,9 @@ class Validation:
         figure: the table's error on them.
         halves_ms: per network, the measurements by the first and by the second half of the
             passes, in separately loaded sessions; none of one pass.
-        pace: latency of the reference network now over that during the build; the measurements
-            are divided by it.
+        pace: latency of some of the build's networks (`BuildRecord.anchors`) now over that
+            during the build, by their median; the measurements are divided by it. Of the reference
+            network, which is small, where the build timed no others.
         unscaled: the table's error on the latencies as the clock showed them.
         resumed: visits taken over from an interrupted validation.
     """
@@ -123,7 +124,8 @@ def validate_table(
             path.unlink(missing_ok=True)
         journal = Journal(path, _header(job, runtime))
         resumed = len(journal.visits)
-        entries = [network_entry(one) for one in networks]
+        anchors = [one.architecture for one in job.record.anchors]
+        entries = [network_entry(one) for one in [*networks, *anchors]]
         with open_bench(
             runtime,
             job.protocol,
@@ -172,7 +174,7 @@ def _validation(
     job: ValidateJob, networks: Sequence[Architecture], visits: Sequence[Visit], resumed: int
 ) -> Validation:
     now_ms = usual_pace(one for visit in visits for one in visit.rounds)
-    pace = now_ms / job.record.reference_ms
+    pace = _pace(job.record, visits, now_ms)
     shown = _latencies_ms(networks, visits, now_ms)
     middle = job.protocol.passes // 2
     first = [visit for visit in visits if visit.number < middle]
@@ -190,6 +192,15 @@ def _validation(
         unscaled=error_figure(unscaled, "the same, as the clock showed them"),
         resumed=resumed,
     )
+
+
+def _pace(record: BuildRecord, visits: Sequence[Visit], now_ms: float) -> float:
+    """How much slower the machine is than during the build."""
+    if not record.anchors:
+        return now_ms / record.reference_ms
+    latencies = _latencies_ms([one.architecture for one in record.anchors], visits, now_ms)
+    pairs = zip(latencies, record.anchors, strict=True)
+    return median(ms / anchor.latency_ms for ms, anchor in pairs)
 
 
 def _latencies_ms(
@@ -217,5 +228,6 @@ def _header(job: ValidateJob, runtime: Runtime) -> dict[str, Any]:
         "table": {"name": device.name, "sha256": hashlib.sha256(prices).hexdigest()},
         "runtime": {"name": runtime.name, "version": runtime.version},
         "networks": {"count": job.networks, "seed": job.seed},
+        "anchors": len(job.record.anchors),
         "protocol": job.protocol.to_dict(),
     }
