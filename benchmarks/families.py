@@ -2,7 +2,7 @@
 
     python benchmarks/families.py --threads 1
 
-Each network is made by timm with random weights and random BatchNorm statistics, and turned into
+Each network is made by timm with random weights and statistics, and turned into
 ours by `slimnas.convert.from_timm`. Ours runs folded, as it is deployed; timm's as timm has it, in
 evaluation mode. Both are loaded by the same runtime of slimnas, which exports both the same way
 where it runs files. Their outputs are compared, then they are timed in turns, in shuffled order
@@ -26,6 +26,7 @@ import random
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -97,7 +98,11 @@ def timm_name(model: str) -> str | None:
 
 
 def made_by_timm(name: str, seed: int) -> nn.Module:
-    """A network of timm with random weights and BatchNorm statistics, in evaluation mode."""
+    """A network of timm in evaluation mode, everything in it random.
+
+    What starts at a constant would hide parts of the network from the comparison of outputs: layer
+    scale at nearly zero, attention biases at zero, BatchNorm at the identity.
+    """
     let_timm_import()
     import timm
 
@@ -111,6 +116,11 @@ def made_by_timm(name: str, seed: int) -> nn.Module:
             nn.init.uniform_(part.running_var, 0.5, 1.5)
             nn.init.uniform_(part.weight, 0.5, 1.5)
             nn.init.normal_(part.bias, std=0.1)
+    for path, parameter in model.named_parameters():
+        if path.endswith("gamma"):
+            nn.init.uniform_(parameter, 0.1, 0.5)
+        elif path.endswith("attention_biases"):
+            nn.init.normal_(parameter, std=0.5)
     model.eval()
     return model
 
@@ -344,6 +354,7 @@ def parse() -> tuple[Settings, list[Case], argparse.Namespace]:
 def main() -> None:
     """Measure what is missing, print and keep."""
     settings, cases, given = parse()
+    warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # timm'"'"'s, when exported
     rows = []
     for number, case in enumerate(cases, 1):
         rows.append(kept(case, settings, given.cache, fresh=given.fresh))
