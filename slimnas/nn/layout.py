@@ -29,8 +29,9 @@ def to_map(x: Tensor, shape: FeatureShape) -> Tensor:
     """
     if shape.extra_tokens:
         x = x[:, shape.extra_tokens :]
-    # All sizes but the batch are Python ints: exporters trip over sizes read from tensors.
-    return x.transpose(1, 2).reshape(-1, shape.channels, shape.height, shape.width)
+    # All sizes but the batch are Python ints: exporters trip over sizes read from tensors. In this
+    # order PyTorch makes a channels-last view, and knows it for one even of a single image.
+    return x.reshape(-1, shape.height, shape.width, shape.channels).permute(0, 3, 1, 2)
 
 
 def layout_of(module: nn.Module) -> Layout:
