@@ -66,6 +66,10 @@ class PruneError(SlimnasError):
     """Raised when a model cannot be pruned, a plan does not fit it, or a budget is out of reach."""
 
 
+class AnalysisError(SlimnasError):
+    """Raised when an analysis lacks what it studies, or what it is to time computes wrongly."""
+
+
 def suggest(given: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the closest known name, else an empty string."""
     close = get_close_matches(given, list(known), n=1, cutoff=0.5)

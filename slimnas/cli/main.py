@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from slimnas import __version__
+from slimnas.cli.analyze import app as analyze
 from slimnas.cli.latency import app as latency
 from slimnas.cli.prune import app as prune
 from slimnas.cli.search import search
@@ -32,6 +33,7 @@ app.add_typer(prune, name="prune")
 app.add_typer(space, name="space")
 app.add_typer(latency, name="latency")
 app.add_typer(zoo, name="zoo")
+app.add_typer(analyze, name="analyze")
 
 
 def _show_version(wanted: bool) -> None:
