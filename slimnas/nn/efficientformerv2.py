@@ -97,9 +97,13 @@ class MapAttention(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Scores (B, heads, queries, keys) of a map (B, width_in, rows, columns)."""
         tokens, count = self.grid[0] * self.grid[1], self.queries[0] * self.queries[1]
-        q = self.q(x).reshape(-1, self.heads.count, self.heads.qk_dim, count)
-        k = self.k(x).reshape(-1, self.heads.count, self.heads.qk_dim, tokens)
-        return torch.add(self.bias(), q.transpose(2, 3) @ k, alpha=self.scale)
+        q, k = self.q(x), self.k(x)
+        if self.pair_bias is None:  # else folded
+            q = q * self.scale
+        q = q.reshape(-1, self.heads.count, self.heads.qk_dim, count)
+        k = k.reshape(-1, self.heads.count, self.heads.qk_dim, tokens)
+        scores: Tensor = q.transpose(2, 3) @ k
+        return scores + self.bias()
 
     def mixed(self, weights: Tensor, x: Tensor) -> Tensor:
         """Values of a map `x`, weighted (B, heads, queries, keys), plus their local part.
@@ -123,7 +127,6 @@ class MapAttention(nn.Module):
         assert q.conv.bias is not None
         q.conv.weight = frozen(q.conv.weight * self.scale)
         q.conv.bias = frozen(q.conv.bias * self.scale)
-        self.scale = 1.0
         self.pair_bias = self.bias().detach().clone()
         del self.attention_biases, self.attention_bias_idxs
 
@@ -165,8 +168,12 @@ class V2TokenMixer(MapAttention):
         _check_size(x, (self.grid[0] * self.stride, self.grid[1] * self.stride))
         if self.stride_conv is not None:
             x = self.stride_conv(x)
-        weights = self.talking_head1(self.logits(x)).softmax(dim=-1)
-        out = self.mixed(self.talking_head2(weights), x)
+        heads, tokens = self.heads.count, self.grid[0] * self.grid[1]
+        logits = self.talking_head1(self.logits(x))
+        # With three axes: ExecuTorch takes the last of four, after a convolution, for the heads.
+        weights = logits.reshape(-1, heads * tokens, tokens).softmax(dim=-1)
+        weights = self.talking_head2(weights.reshape(-1, heads, tokens, tokens))
+        out = self.mixed(weights, x)
         if self.stride_conv is not None:
             out = F.interpolate(out, scale_factor=float(self.stride), mode="bilinear")
         projected: Tensor = self.proj(self.act(out))
@@ -419,9 +426,10 @@ def _check_size(x: Tensor, size: Grid) -> None:
 
 def _add_scaled(x: Tensor, scale: nn.Module, branch: Tensor) -> Tensor:
     """Add a residual branch and its layer scale, in one pass over the map."""
-    if isinstance(scale, LayerScale):
+    if isinstance(scale, LayerScale) and not is_tracing():  # Core ML has no such operator
         return torch.addcmul(x, branch, scale.gamma.view(scale.shape))
-    return x + branch
+    out: Tensor = x + scale(branch)
+    return out
 
 
 def _make_ffn(component: Component) -> nn.Module:
