@@ -173,6 +173,7 @@ class Attention(nn.Module):
     proj: nn.Linear
     attention_biases: nn.Parameter
     attention_bias_idxs: Tensor
+    pair_bias: Tensor | None
 
     def __init__(
         self, *, width: int, grid: tuple[int, int], heads: int, qk_dim: int, v_dim: int
@@ -186,10 +187,17 @@ class Attention(nn.Module):
         self.attention_biases = nn.Parameter(torch.zeros(heads, self.tokens))
         # Derived from the grid, so not part of the weights.
         self.register_buffer("attention_bias_idxs", offset_index(*grid), persistent=False)
+        self.register_buffer("pair_bias", None, persistent=False)
 
     def bias(self) -> Tensor:
         """The bias of every pair of tokens: (heads, N, N)."""
+        if self.pair_bias is not None:
+            return self.pair_bias
         return self.attention_biases[:, self.attention_bias_idxs]
+
+    def fold_(self) -> None:
+        """Gather the biases once."""
+        self.pair_bias = self.bias().detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C), N = rows * columns, to the same shape.

@@ -1,9 +1,10 @@
 """`fold`: the network as it is deployed, with everything removable at inference removed.
 
-BatchNorm goes into the convolution before it, layer scale into the last linear map before it, and
-the two classifiers of a distilled head become one, unless they read two different tokens (ViT).
-The outputs stay those of evaluation mode up to rounding. MB4D's first layer scale stays: nothing
-but the pooling stands before it. What folds in a module is its method `fold_`.
+BatchNorm goes into the convolution before it, layer scale into the last linear map before it,
+biases that attention gathers from a table are gathered once, and the two classifiers of a
+distilled head become one, unless they read two different tokens (ViT). The outputs stay those of
+evaluation mode up to rounding. MB4D's first layer scale stays: nothing but the pooling stands
+before it. What folds in a module is its method `fold_`.
 """
 
 from __future__ import annotations

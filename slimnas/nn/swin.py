@@ -133,6 +133,7 @@ class WindowAttention(nn.Module):
     relative_position_bias_table: nn.Parameter
     relative_position_index: Tensor
     mask: Tensor | None
+    pair_bias: Tensor | None
 
     def __init__(
         self, *, width: int, heads: int, qk_dim: int, v_dim: int, windows: Windows
@@ -151,9 +152,12 @@ class WindowAttention(nn.Module):
         index = relative_position_index(high, wide).flatten()
         self.register_buffer("relative_position_index", index, persistent=False)
         self.register_buffer("mask", windows.mask(), persistent=False)
+        self.register_buffer("pair_bias", None, persistent=False)
 
     def bias(self) -> Tensor:
         """What is added to the logits: (heads, tokens, tokens), or one after another per window."""
+        if self.pair_bias is not None:
+            return self.pair_bias
         tokens = self.windows.tokens
         pairs = self.relative_position_bias_table[self.relative_position_index]
         bias = pairs.transpose(0, 1).reshape(self.heads, tokens, tokens)
@@ -161,6 +165,10 @@ class WindowAttention(nn.Module):
             return bias
         masked = bias + self.mask[:, None]
         return masked.reshape(self.windows.count * self.heads, tokens, tokens)
+
+    def fold_(self) -> None:
+        """Gather the biases, and add the mask, once."""
+        self.pair_bias = self.bias().detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, H*W, C) to the same shape.
