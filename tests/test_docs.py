@@ -48,6 +48,13 @@ LONG_MEASURING = (
     "kit.kit_runtime",
     "imported.import_results",
 )
+LONG_ANALYSES = (
+    "attention.run_study",
+    "share_run.run_share_study",
+    "ablate.run_ablation",
+    "kept.run_importance",
+)
+LONG_COMMANDS = [["analyze", word] for word in ("attention", "mhsa-share", "ablate")]
 MEASURING = ("build", "merge", "validate", "kit", "import")
 NEEDS_OTHER_DATA = ("shards/", "uoft-cs/", "parquet", "cifar10")
 
@@ -82,6 +89,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_model(RUN, architecture=smallest, weights=weights, metrics=metrics)
     for device in ("local", "pi5"):
         save_table(tmp_path / "lookup_tables" / device, space, space.with_classes(2))
+    hybrid = SearchSpace.load("hybrid_tiny")
+    save_table(tmp_path / "lookup_tables" / "hybrid", hybrid, hybrid.with_classes(2))
     random = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -102,6 +111,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for long_work in LONG_MEASURING:
         monkeypatch.setattr(f"slimnas.measure.{long_work}", started)
     monkeypatch.setattr("slimnas.prune.pretrained.open_start", started)
+    for long_work in LONG_ANALYSES:
+        monkeypatch.setattr(f"slimnas.analysis.{long_work}", started)
     save_pruned_run()
     return tmp_path
 
@@ -130,8 +141,8 @@ def test_the_readme_begins_with_two_commands() -> None:
 
 
 def test_it_looks_at_every_block() -> None:
-    assert len(SLIMNAS) == 59
-    assert len(list(blocks("python"))) == 1
+    assert len(SLIMNAS) == 74
+    assert len(list(blocks("python"))) == 2
     assert len(list(blocks("yaml"))) == 2
     others = [line for _, line in commands() if not line.startswith("slimnas ")]
     known = (SETUP, ".venv/bin/", "python tools/fit_device_model.py")
@@ -153,7 +164,8 @@ def test_commands(page: str, line: str, world: Path) -> None:
     if pruning and "local-deit" in words:
         save_table(Path("lookup_tables/local-deit"), SearchSpace.load("efficientformer_tiny"))
     measuring = words[0] == "latency" and words[1] in MEASURING
-    if pruning or words[0] == "search" or measuring:
+    timing = words[:2] in LONG_COMMANDS
+    if pruning or words[0] == "search" or measuring or timing:
         with pytest.raises(LongWorkError, match="all is well"):
             main(words)
     else:
