@@ -22,6 +22,7 @@ from slimnas.nn.swin import WindowAttention
 from slimnas.nn.vit import Attention
 from slimnas.report.analysis_heads import heads_figure
 from slimnas.zoo.create import create_model
+from slimnas.zoo.entry import save_model
 
 NO_ATTENTION = """schema: slimnas/architecture/1
 name: pools
@@ -271,13 +272,27 @@ def test_the_command_prints_and_writes(
     with (folder / "heads.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["heads"] for row in rows] == ["3", "3", "2"]
-    # Random weights are their own control.
-    assert all(row["maps_max"] == row["control_maps_max"] for row in rows)
-    again = slimnas(capsys, *command, "--no-control", "--output", "other", "--json")
-    body = again.json()
-    assert body["layers"][0]["outputs_max"] == document["layers"][0]["outputs_max"]
-    assert "control_maps_max" not in body["layers"][0]
+    assert "control_maps_max" not in rows[0]  # random weights are their own control
+
+
+def test_weights_of_a_file_have_a_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    network = random_network(ARCHITECTURES["vit"]).float()
+    save_model(
+        Path("trained"), architecture=network.architecture, weights=network.state_dict(), metrics={}
+    )
+    command = ("analyze", "heads", "trained", "--images", "3", "--data", "digits", "--json")
+    body = slimnas(capsys, *command).json()
+    assert body["weights"] == str(Path("trained/weights.safetensors"))
+    assert body["data"].startswith("digits")
+    for layer in body["layers"]:
+        assert layer["outputs_max"] != layer["control_outputs_max"]
     assert Path(body["files"]["png"]).is_file()
+    alone = slimnas(capsys, *command, "--no-control", "--output", "other").json()
+    assert alone["layers"][0]["outputs_max"] == body["layers"][0]["outputs_max"]
+    assert "control_outputs_max" not in alone["layers"][0]
 
 
 def test_a_model_without_attention_is_refused_before_anything_else(

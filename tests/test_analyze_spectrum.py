@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_world import slimnas
 from prune_cases import ARCHITECTURES, images, random_network
+from safetensors.torch import save_file
 from torch import Tensor
 
 from slimnas.analysis.spectrum import (
@@ -270,12 +271,21 @@ def test_the_command_prints_and_writes(
     assert [part["group"] for part in parts] == ["Hi-Fi", "Lo-Fi"] * 2
     with (folder / "spectrum.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert rows[0].keys() >= {"part", "high_percent", "control_high_percent", "white_noise_percent"}
+    assert rows[0].keys() >= {"part", "high_percent", "mean_percent", "white_noise_percent"}
+    assert "control_high_percent" not in rows[0]  # random weights are their own control
     two = ("--part", "stages.0.blocks.0", "--part", "stages.0.blocks.1", "--no-control")
     again = slimnas(capsys, *command, *two, "--output", "other", "--json")
     body = again.json()
     assert [part["part"] for part in body["parts"]] == ["stages.0.blocks.0", "stages.0.blocks.1"]
     assert Path(body["files"]["png"]).is_file()
+    network = random_network(Architecture.from_yaml(HILO)).float()
+    save_file(network.state_dict(), "weights.safetensors")
+    command = ("analyze", "spectrum", "hilo.yaml", "--weights", "weights.safetensors", "--json")
+    body = slimnas(
+        capsys, *command, "--images", "3", "--resolution", "48", "--output", "third"
+    ).json()
+    assert body["resolution"] == [48, 48]
+    assert all(part["high_percent"] != part["control_high_percent"] for part in body["parts"])
 
 
 def test_a_model_without_hilo_is_refused_before_anything_else(

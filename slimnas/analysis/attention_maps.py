@@ -104,7 +104,7 @@ class MapTracer(TorchFunctionMode):
         calls = self._visits[-1].calls
         name = getattr(func, "__name__", "")
         if name == FUSED:
-            calls.append(_Call(_weights(*args, **kwargs), out))
+            calls.append(_Call(attention_weights(*args, **kwargs), out))
         elif name == SOFTMAX and _over_last(out, args, kwargs):
             calls.append(_Call(out))
         elif name in PRODUCTS and calls and calls[-1].output is None:
@@ -121,7 +121,7 @@ class MapTracer(TorchFunctionMode):
             self._sinking = False
 
 
-def _weights(
+def attention_weights(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -131,7 +131,7 @@ def _weights(
     scale: float | None = None,
     **_: Any,
 ) -> Tensor:
-    """The map that `scaled_dot_product_attention` does not give."""
+    """The map that `scaled_dot_product_attention` of the same arguments does not give."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = (query * scale) @ key.transpose(-2, -1)
     if is_causal:

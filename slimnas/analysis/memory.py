@@ -37,8 +37,9 @@ class Row:
 
     Attributes:
         calls: per run.
-        ms: per run, the sum of the cells' medians; rows of one grouping add up to the total.
-        share_percent: of the total.
+        ms: per run, mean over the faster half of the runs; rows of one grouping add up.
+        share_percent: of the total; rows of one grouping add up to 100.
+        median_percent: median of the share over all runs.
         spread_percent: how far apart the quartiles of that share are, over the runs.
         memory_bound_percent: of the row's own time, in operators bound by memory.
         macs: per run.
@@ -48,6 +49,7 @@ class Row:
     calls: int
     ms: float
     share_percent: float
+    median_percent: float
     spread_percent: float
     memory_bound_percent: float
     macs: int
@@ -84,8 +86,8 @@ class Profile:
 
     @cached_property
     def total_ms(self) -> float:
-        """Time in operators per run."""
-        return sum(cell.ms for cell in self.cells)
+        """Time in operators per run, mean over the faster half of the runs."""
+        return float(self._totals[self._faster].mean())
 
     @property
     def forward_ms(self) -> float:
@@ -124,14 +126,38 @@ class Profile:
             [c for c in self.cells if is_memory_bound(c.operator.kind, nonlinear=nonlinear)]
         )
 
+    @cached_property
+    def _totals(self) -> NDArray[np.float64]:
+        """Time in operators of every run, ms."""
+        return self._times(self.cells)
+
+    @cached_property
+    def _faster(self) -> NDArray[np.int64]:
+        """The runs that were disturbed least.
+
+        Whole runs, so that shares add up; and not each operator's median, which a busy machine
+        lengthens for long operators only: short ones are rarely interrupted.
+        """
+        order: NDArray[np.int64] = np.argsort(self._totals, kind="stable")
+        return order[: (len(order) + 1) // 2]
+
+    def _times(self, cells: Iterable[Cell]) -> NDArray[np.float64]:
+        """Time of some cells in every run, ms."""
+        total: NDArray[np.float64] = np.zeros(self.settings.iterations)
+        for cell in cells:
+            total += cell.times_ms
+        return total
+
     def _row(self, cells: Sequence[Cell]) -> Row:
-        ms = sum(cell.ms for cell in cells)
-        bound_ms = sum(cell.ms for cell in cells if is_memory_bound(cell.operator.kind))
-        low, high = np.quantile(_times(cells) / _times(self.cells), (0.25, 0.75))
+        times = self._times(cells)
+        bound = self._times(cell for cell in cells if is_memory_bound(cell.operator.kind))
+        ms, bound_ms = float(times[self._faster].mean()), float(bound[self._faster].mean())
+        low, middle, high = np.quantile(times / self._totals, (0.25, 0.5, 0.75))
         return Row(
             calls=sum(cell.calls for cell in cells),
             ms=ms,
             share_percent=100 * ms / self.total_ms,
+            median_percent=100 * float(middle),
             spread_percent=100 * float(high - low),
             memory_bound_percent=100 * bound_ms / ms if ms else 0.0,
             macs=sum(cell.macs for cell in cells),
@@ -160,7 +186,7 @@ def profile_network(network: Network, settings: ProfileSettings, *, name: str = 
     ready = cast("Network", fold(network) if settings.folded else copy.deepcopy(network).eval())
     profiler = profile_onnx if settings.runtime == "onnxruntime" else profile_torch
     recording = profiler(ready, images, settings)
-    if not any(cell.ms for cell in recording.cells):
+    if not any(sum(cell.times_ms) for cell in recording.cells):
         raise AnalysisError(f"{architecture.name}: the {settings.runtime} profiler saw no operator")
     return Profile(
         model=name or architecture.name,
@@ -173,9 +199,3 @@ def profile_network(network: Network, settings: ProfileSettings, *, name: str = 
 
 def _longest_first(rows: dict[Group, Row]) -> dict[Group, Row]:
     return dict(sorted(rows.items(), key=lambda item: -item[1].ms))
-
-
-def _times(cells: Iterable[Cell]) -> NDArray[np.float64]:
-    """Time per run, (runs,), in ms; a single 0 of no cells."""
-    total: NDArray[np.float64] = np.sum([cell.times_ms for cell in cells] or [(0.0,)], axis=0)
-    return total

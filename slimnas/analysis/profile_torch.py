@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from slimnas.analysis.attention_maps import FUSED, attention_weights
 from slimnas.analysis.operators import Operator, of_aten
 from slimnas.analysis.places import OUTSIDE, Place, entering
 from slimnas.analysis.recording import Cell, ProfileSettings, Recording
@@ -165,12 +166,26 @@ def _conditions(settings: ProfileSettings) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(exact_kernels())
             if settings.attention == "explicit":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                stack.enter_context(_Explicit())
             yield
     finally:
         torch.set_num_threads(before)
         if level is None:
             del os.environ[LOG_LEVEL]
+
+
+class _Explicit(TorchFunctionMode):
+    """Attention as products, softmax and products; torch's own such form also looks for rows of
+    nothing but masked tokens, which costs as much as the softmax.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__name__", "") != FUSED:
+            return func(*args, **(kwargs or {}))
+        value = args[2] if len(args) > 2 else kwargs["value"]
+        return attention_weights(*args, **(kwargs or {})) @ value
 
 
 def _timed_ms(network: Network, images: Tensor, cuda: bool) -> float:

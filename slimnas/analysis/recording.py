@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
-import numpy as np
 import torch
 
 from slimnas.analysis.operators import Operator
@@ -93,11 +91,6 @@ class Cell:
     times_ms: tuple[float, ...]
     macs: int
     bytes: int
-
-    @cached_property
-    def ms(self) -> float:
-        """Median over the runs: one that was interrupted does not count."""
-        return float(np.median(self.times_ms))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def heads(
         subject = open_subject(asked, folder / "pretrained")
         found = head_similarity(subject.network, subject.batches())
         other = None
-        if control:
+        if control and not subject.is_random:
             note("control: the same network with random weights")
             other = head_similarity(subject.with_random_weights(), subject.batches())
         provenance = subject.provenance()

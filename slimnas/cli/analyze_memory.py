@@ -120,7 +120,8 @@ def _lines(profile: Profile) -> Iterable[str]:
 
     settings, recording = profile.settings, profile.recording
     rows, columns = profile.resolution
-    threads = "" if settings.device == "cuda" else f", {settings.threads} threads"
+    plural = "s" if settings.threads > 1 else ""
+    threads = "" if settings.device == "cuda" else f", {settings.threads} thread{plural}"
     form = "folded" if settings.folded else "not folded"
     yield (
         f"{profile.model}: {settings.runtime} {recording.version} on {recording.compute_unit}"
@@ -128,7 +129,8 @@ def _lines(profile: Profile) -> Iterable[str]:
     )
     yield (
         f"{profile.forward_ms:.4g} ms per run, {profile.total_ms:.4g} ms of operators under the "
-        f"profiler; medians of {settings.iterations} runs, +- half the quartile range"
+        f"profiler; mean of the faster half of {settings.iterations} runs, +- half the quartiles' "
+        "distance"
     )
     yield ""
     yield from _table("kind", [(KINDS[k], row) for k, row in profile.by_kind().items()])

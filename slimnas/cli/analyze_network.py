@@ -39,7 +39,7 @@ DataOption = Annotated[
 ImagesOption = Annotated[int, typer.Option(min=1, help="Images, at most.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 ControlOption = Annotated[
-    bool, typer.Option("--control/--no-control", help="The same with random weights.")
+    bool, typer.Option("--control/--no-control", help="Also with random weights, to compare.")
 ]
 SkipOption = Annotated[
     bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be decoded.")
@@ -108,6 +108,11 @@ class Subject:
         """Every image once, normalised, on the device."""
         device, size = self.asked.device, self.asked.batch_size
         return (x for x, _ in self.images.eval_batches(size, device=device))
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it has random weights itself, and needs no control that has."""
+        return self.asked.weights == NONE
 
     def with_random_weights(self) -> Network:
         """The same architecture, fresh."""

@@ -88,7 +88,7 @@ def spectrum(
         subject = open_subject(asked, folder / "pretrained")
         found = spectra(subject.network, parts, subject.batches())
         other: list[Spectrum] = []
-        if control:
+        if control and not subject.is_random:
             note("control: the same network with random weights")
             other = spectra(subject.with_random_weights(), parts, subject.batches())
         provenance = subject.provenance()

@@ -132,7 +132,8 @@ def memory_figure(profiles: Sequence[Profile], width_in: float = WIDE_IN) -> Fig
     bars_in = 0.3 + 0.34 * len(profiles)
     panel_in = LAYER_IN + INTENSITY_IN + 0.5
     height_in = legend_in + bars_in + panel_in * len(profiles) + 0.5
-    left_in, right_in = 0.78, 0.14 if narrow else 0.95
+    longest = max(len(profile.model) for profile in profiles)
+    left_in, right_in = max(0.85, 0.2 + 0.075 * longest), 0.14 if narrow else 0.95
     with drawing_style():
         figure = Figure(figsize=(width_in, height_in))
 
@@ -153,7 +154,7 @@ def memory_figure(profiles: Sequence[Profile], width_in: float = WIDE_IN) -> Fig
             _draw_layers(layers, profile, kinds, narrow=narrow)
             _draw_intensity(below, profile, narrow=narrow)
             for axes in (layers, below):
-                axes.yaxis.set_label_coords(-0.56 / (width_in - left_in - right_in), 0.5)
+                axes.yaxis.set_label_coords(-0.44 / (width_in - left_in - right_in), 0.5)
         figure.legend(
             handles=[Rectangle((0, 0), 1, 1, color=COLOURS[k], label=KINDS[k]) for k in kinds],
             loc="upper left",
@@ -199,9 +200,7 @@ def _draw_shares(
     axes.tick_params(axis="both", length=0)
     for label in axes.get_yticklabels():
         label.set_color(ink("ink"))
-        label.set_fontsize(
-            7 if narrow or len(max((p.model for p in profiles), key=len)) > 12 else 8
-        )
+        label.set_fontsize(7.5)
     axes.set(xlim=(0, 100), ylim=(len(profiles) - 0.5, -0.5))
     axes.set_xlabel("share of the time in operators, %", labelpad=2)
     if not narrow:
@@ -270,16 +269,20 @@ def _title(profile: Profile, *, narrow: bool) -> str:
     rows, columns = profile.resolution
     settings = profile.settings
     words = [
-        f"{profile.model}: {profile.total_ms:.3g} ms in operators",
+        f"{profile.model}: {_ms(profile.total_ms)} ms",
         f"batch {settings.batch} of {rows}x{columns}",
     ]
     if not narrow:
         threads = "" if settings.device == "cuda" else f", {_plural(settings.threads, 'thread')}"
         unit = profile.recording.compute_unit
-        runtime = f"{settings.runtime} {profile.recording.version}"
+        runtime = f"{settings.runtime} {profile.recording.version.partition('+')[0]}"
         words.append(f"{runtime} on {unit}{threads}, {settings.dtype}")
-        words.append("above each layer: memory-bound, %")
+        words.append("above the bars: memory-bound %")
     return "; ".join(words)
+
+
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _plural(count: int, word: str) -> str:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from slimnas.analysis.spectrum import HIGH, Spectrum
@@ -118,8 +119,8 @@ def spectra_figure(
     narrow = is_narrow(width_in)
     groups = list(dict.fromkeys(one.part.group for one in found))
     pictures = groups[: 2 if narrow else PICTURES]
-    across = len(pictures) * (2 if control and not narrow else 1)
     down = 2 if control and narrow else 1
+    across = len(pictures) * (2 if control and not narrow else 1)
     upper_in = (2.4 + 2.2) if narrow else 2.7
     side_in = min(1.5, (width_in - 1.0) / across)
     lower_in = (side_in + 0.35) * down
@@ -139,6 +140,9 @@ def spectra_figure(
             handletextpad=0.4,
             columnspacing=1.2,
         )
+        wide_in = min(width_in, across * (side_in + 0.15) + 0.8)
+        if wide_in < 0.9 * width_in:  # else the pictures would lie far apart
+            bottom = bottom.subfigures(1, 2, width_ratios=(wide_in, width_in - wide_in))[0]
         _draw_pictures(bottom, found, control, pictures, (down, across))
     return figure
 
@@ -164,6 +168,7 @@ def _draw_curves(
     axes.axvline(HIGH, color=ink("edge"), lw=0.8, ls=(0, (2, 2)), zorder=1)
     axes.set_yscale("log")
     axes.tick_params(axis="y", which="minor", left=False)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set(xlabel="spatial frequency / Nyquist", ylabel="power / mean power")
     axes.grid()
     axes.set_axisbelow(True)
@@ -199,8 +204,9 @@ def _draw_shares(
                 mew=0.9 if is_control else 0.0,
                 zorder=2 if is_control else 3,
             )
-    for white in dict.fromkeys(one.white_percent for one in found):
-        axes.axhline(white, color=ink("edge"), lw=0.8, zorder=1)
+    white = [next(one.white_percent for one in found if one.part.module == m) for m in modules]
+    ends = [-0.5, *range(len(modules)), len(modules) - 0.5]
+    axes.plot(ends, [white[0], *white, white[-1]], color=ink("edge"), lw=0.8, zorder=1)
     every = -(-len(modules) // 12)
     axes.set_xticks(range(0, len(modules), every), [_short(m) for m in modules[::every]])
     axes.set_xlim(-0.5, len(modules) - 0.5)
