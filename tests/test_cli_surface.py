@@ -63,6 +63,32 @@ COMMANDS = {
         "--compute-unit --describe --device --force --json --kit --mapping --os --output "
         "--runtime --runtime-version --soc --threads RESULTS"
     ),
+    "slimnas analyze": "",
+    "slimnas analyze attention": (
+        "--attention --batch --clock --device --dim --heads --json --layout --mechanisms --memory "
+        "--output --resolutions --rounds --runtime --seed --threads"
+    ),
+    "slimnas analyze memory": (
+        "--attention --batch --device --dtype --fold --iterations --json --output --resolution "
+        "--runtime --seed --threads MODELS"
+    ),
+    "slimnas analyze heads": (
+        "--batch-size --control --data --device --images --json --output --resolution --seed "
+        "--skip-bad-images --weights MODEL"
+    ),
+    "slimnas analyze spectrum": (
+        "--batch-size --control --data --device --images --json --output --part --resolution "
+        "--seed --skip-bad-images --weights MODEL"
+    ),
+    "slimnas analyze mhsa-share": (
+        "--backend --batch --batch-size --clock --data --device --json --lr --max-images --memory "
+        "--output --resolution --rounds --seed --seeds --shares --skip-bad-images --speedups --step "
+        "--threads --tolerance --train --train-on --train-resolution --trials MODEL"
+    ),
+    "slimnas analyze ablate": (
+        "--batch-size --data --epochs --importance --json --lr --max-images --output --qk-dims "
+        "--resolution --seed --seeds --skip-bad-images --train-on --v-ratios --weights MODEL"
+    ),
     "slimnas zoo": "",
     "slimnas zoo list": "--family --json --zoo PATTERN",
     "slimnas zoo show": "--json --zoo MODEL",

@@ -50,11 +50,17 @@ LONG_MEASURING = (
 )
 LONG_ANALYSES = (
     "attention.run_study",
+    "memory.profile_network",
+    "heads.head_similarity",
+    "spectrum.spectra",
     "share_run.run_share_study",
     "ablate.run_ablation",
     "kept.run_importance",
 )
-LONG_COMMANDS = [["analyze", word] for word in ("attention", "mhsa-share", "ablate")]
+LONG_COMMANDS = [
+    ["analyze", word]
+    for word in ("attention", "memory", "mhsa-share", "heads", "spectrum", "ablate")
+]
 MEASURING = ("build", "merge", "validate", "kit", "import")
 NEEDS_OTHER_DATA = ("shards/", "uoft-cs/", "parquet", "cifar10")
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OUTPUT = Path("runs/analyze-attention")
 VERDICTS = {
     "holds": "holds",
-    "smaller": "holds less: HiLo is faster by less",
+    "smaller": "does not hold: HiLo is faster, by less",
     "no difference": "does not hold: no difference",
     "reversed": "does not hold: HiLo is slower",
 }
