@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 from slimnas.analysis.speed import Speed
@@ -25,6 +26,12 @@ LEAST, MOST = 1 / 16, 4.0
 
 STEEPNESS = 0.7
 """First steps change the width by the missing speed-up to this power: far enough to pass it."""
+
+STEEPEST = 4.0
+"""Two widths are at odds if throughput changes by more than the width to this power."""
+
+LOOKS = 3
+"""Looks at one network, at most, to find out whether it was disturbed."""
 
 Measure = Callable[[Architecture], Speed]
 
@@ -50,13 +57,13 @@ class Goal:
         speedup: throughput over the base's.
         tolerance: how far from it a network may be, as a share of it.
         step: widths are multiples of it, dimensions of heads of half of it.
-        trials: how many widths are measured at most.
+        trials: how many looks at networks are taken, about.
     """
 
     speedup: float
     tolerance: float = 0.02
     step: int = 4
-    trials: int = 16
+    trials: int = 20
 
     def met(self, speed: Speed) -> bool:
         """Whether a measured speed-up is inside the tolerance."""
@@ -65,23 +72,34 @@ class Goal:
 
 @dataclass(frozen=True)
 class Trial:
-    """A width that was measured: the factor on all widths, the network, its speed."""
+    """A width that was measured: the factor on all widths, the network, every look at its speed."""
 
     scale: float
     architecture: Architecture
-    speed: Speed
+    looks: tuple[Speed, ...] = ()
+
+    @property
+    def speed(self) -> Speed:
+        """The last look."""
+        return self.looks[-1]
+
+    @property
+    def speedup(self) -> float:
+        """Median over the looks."""
+        return median(look.speedup for look in self.looks)
 
 
 @dataclass(frozen=True)
 class Solved:
     """The width that came closest; `met` says whether it is inside the tolerance.
 
-    Its speed comes from a measurement of its own, not from the one it was chosen by.
+    Its speed, the last look, is not the one that it was chosen by. `looks` counts all that were
+    taken, at all widths.
     """
 
     trial: Trial
     met: bool
-    trials: int
+    looks: int
 
 
 def count_layers(architecture: Architecture) -> Layers:
@@ -220,74 +238,75 @@ def solve_width(
     """Find the width at which `architecture` reaches the speed-up.
 
     Begins where MACs say, then closes in by what is measured: between a width that is too slow and
-    one that is too fast, interpolating logarithms.
+    one that is too fast, interpolating logarithms. Of two widths whose speeds are further apart
+    than the widths explain, one was disturbed: they are looked at again.
 
     Args:
         architecture: what to scale.
         goal: what to reach.
         measure: gives the speed-up of a network over the base.
         macs: the base's over the speed-up: where to begin.
-        on_trial: called after every measurement.
+        on_trial: called after every look.
     """
+
+    def look(trial: Trial) -> Trial:
+        seen = replace(trial, looks=(*trial.looks, measure(trial.architecture)))
+        on_trial(seen)
+        return seen
+
+    scale = scale_of_macs(architecture, macs, step=goal.step)
     tried: dict[str, Trial] = {}
-    scales: Iterator[float] = iter((scale_of_macs(architecture, macs, step=goal.step),))
-    while len(tried) < goal.trials:
-        found = _untried(architecture, goal, scales, tried)
-        if found is None:
-            break
-        trial = _measured(*found, measure, on_trial)
-        if goal.met(trial.speed):  # looked at again: this look may be why it was chosen
-            trial = _measured(*found, measure, on_trial)
+    chosen: Trial | None = Trial(scale, scaled(architecture, scale, step=goal.step))
+    looks = 0
+    while chosen is not None and looks < goal.trials:
+        trial, looks = look(chosen), looks + 1
+        if goal.met(trial.speed):  # looked at again: this look may be why it is chosen
+            trial, looks = look(trial), looks + 1
             if goal.met(trial.speed):
-                return Solved(trial, True, len(tried) + 1)
+                return Solved(trial, True, looks)
         tried[trial.architecture.digest] = trial
-        scales = _next_scales(list(tried.values()), goal)
-    closest = min(tried.values(), key=lambda one: abs(math.log(one.speed.speedup / goal.speedup)))
-    final = replace(closest, speed=measure(closest.architecture))
-    return Solved(final, goal.met(final.speed), len(tried))
+        chosen = _next_trial(architecture, goal, tried)
+    final = look(min(tried.values(), key=lambda one: abs(math.log(one.speedup / goal.speedup))))
+    return Solved(final, goal.met(final.speed), looks + 1)
 
 
-def _measured(
-    scale: float,
-    architecture: Architecture,
-    measure: Measure,
-    on_trial: Callable[[Trial], None],
-) -> Trial:
-    trial = Trial(scale, architecture, measure(architecture))
-    on_trial(trial)
-    return trial
-
-
-def _untried(
-    architecture: Architecture, goal: Goal, scales: Iterator[float], tried: dict[str, Trial]
-) -> tuple[float, Architecture] | None:
-    for scale in scales:
+def _next_trial(architecture: Architecture, goal: Goal, tried: Mapping[str, Trial]) -> Trial | None:
+    """The trial to look at, a new one or one in doubt; None if there is no closer width."""
+    slower = [trial for trial in tried.values() if trial.speedup < goal.speedup]
+    faster = [trial for trial in tried.values() if trial.speedup >= goal.speedup]
+    slow = min(slower, key=lambda trial: trial.scale, default=None)
+    fast = max(faster, key=lambda trial: trial.scale, default=None)
+    ends = [trial for trial in (slow, fast) if trial is not None and len(trial.looks) < LOOKS]
+    doubtful = min(ends, key=lambda trial: len(trial.looks), default=None)
+    if slow is not None and fast is not None and doubtful is not None and _at_odds(slow, fast):
+        return doubtful
+    for scale in _next_scales(slow, fast, goal):
         bounded = min(max(scale, LEAST), MOST)
         candidate = scaled(architecture, bounded, step=goal.step)
         if candidate.digest not in tried:
-            return bounded, candidate
-    return None
+            return Trial(bounded, candidate)
+    return doubtful
 
 
-def _next_scales(tried: Sequence[Trial], goal: Goal) -> Iterator[float]:
+def _at_odds(slow: Trial, fast: Trial) -> bool:
+    """Whether the wider network is faster, or slower by more than its width explains."""
+    if slow.scale <= fast.scale:
+        return True
+    slope = math.log(fast.speedup / slow.speedup) / math.log(slow.scale / fast.scale)
+    return slope > STEEPEST
+
+
+def _next_scales(slow: Trial | None, fast: Trial | None, goal: Goal) -> Iterator[float]:
     """Where to look next, best first; networks of neighbouring scales may be the same."""
-    slow = min((t for t in tried if t.speed.speedup < goal.speedup), key=_scale, default=None)
-    fast = max((t for t in tried if t.speed.speedup >= goal.speedup), key=_scale, default=None)
     if slow is None or fast is None:
         one = fast or slow
         assert one is not None
-        missing = one.speed.speedup / goal.speedup
         for power in (STEEPNESS, 2 * STEEPNESS, 4 * STEEPNESS):
-            yield one.scale * missing**power
+            yield one.scale * (one.speedup / goal.speedup) ** power
         return
-    between = math.log(goal.speedup / slow.speed.speedup)
-    between /= math.log(fast.speed.speedup / slow.speed.speedup)
+    between = math.log(goal.speedup / slow.speedup) / math.log(fast.speedup / slow.speedup)
     for part in (min(max(between, 0.1), 0.9), 0.5, 0.25, 0.75):
         yield slow.scale ** (1 - part) * fast.scale**part
-
-
-def _scale(trial: Trial) -> float:
-    return trial.scale
 
 
 def _places(architecture: Architecture) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -82,7 +82,7 @@ class SubNetwork:
         scale: factor on the base's widths.
         speed: throughput over the base's; None for the base.
         met: whether the speed-up is inside the tolerance.
-        trials: widths that were measured for it.
+        looks: measurements that were taken for it.
         memory_share: memory-bound share of its run time, if known.
         top1: in percent, one per seed.
     """
@@ -94,7 +94,7 @@ class SubNetwork:
     scale: float
     speed: Speed | None
     met: bool
-    trials: int
+    looks: int
     memory_share: float | None = None
     top1: tuple[float, ...] = ()
 
@@ -179,7 +179,7 @@ def row(network: SubNetwork) -> dict[str, Any]:
         "images_per_s": None if speed is None else speed["images_per_s"],
         "base_images_per_s": None if speed is None else speed["base_images_per_s"],
         "rounds": None if speed is None else speed["rounds"],
-        "widths_measured": network.trials,
+        "looks": network.looks,
         "params": found.params,
         "macs": found.macs,
         "memory_bound_share": network.memory_share,
@@ -255,7 +255,7 @@ def _solved(
             scale=float(trial["scale"]),
             speed=Speed(**trial["speed"]),
             met=bool(found["met"]),
-            trials=int(found["trials"]),
+            looks=int(found["looks"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
@@ -269,7 +269,7 @@ def _solved_data(solved: Solved) -> Mapping[str, Any]:
         "trial": {"scale": trial.scale, "speed": asdict(trial.speed)},
         "architecture": trial.architecture.to_dict(),
         "met": solved.met,
-        "trials": solved.trials,
+        "looks": solved.looks,
     }
 
 

@@ -67,7 +67,9 @@ def mhsa_share(
         float, typer.Option(min=0.1, help="How far a speed-up may be off, in percent.")
     ] = 2.0,
     step: Annotated[int, typer.Option(min=1, help="Widths are multiples of it.")] = 4,
-    trials: Annotated[int, typer.Option(min=1, help="Widths measured per network, at most.")] = 16,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Measurements per network, about, at most.")
+    ] = 20,
     resolution: Annotated[
         int | None, typer.Option(min=1, help="Side of the images; else the model's.")
     ] = None,
