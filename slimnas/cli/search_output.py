@@ -186,7 +186,7 @@ def print_result(inputs: SearchInputs, result: SearchResult, folder: Path, page:
 
     counts = result.space.counts_attention
     table = Table(box=None, pad_edge=False)
-    for heading in ("network", "widths", "depths", "MB3D" if counts else "blocks"):
+    for heading in ("network", "widths", "depths", *(("MB3D",) if counts else ())):
         table.add_column(heading, no_wrap=True)
     timed = ("measured ms", "of target") if any(found.rounds for found in result.found) else ()
     for heading in ("params M", "GMACs", "latency ms", "interval", *timed, "search top-1"):
@@ -206,7 +206,7 @@ def print_result(inputs: SearchInputs, result: SearchResult, folder: Path, page:
             name,
             "-".join(map(str, row.architecture.widths)),
             "-".join(map(str, row.architecture.depths)),
-            str(row.architecture.count("mb3d")) if counts else block_mix(row.architecture),
+            *((str(row.architecture.count("mb3d")),) if counts else ()),
             f"{counted.params / 1e6:.2f}",
             f"{counted.macs / 1e9:.3f}",
             f"{row.estimate.latency_ms:.3f}",
@@ -222,6 +222,9 @@ def print_result(inputs: SearchInputs, result: SearchResult, folder: Path, page:
         f"{inputs.config.resolution} px, inherited weights",
         highlight=False,
     )
+    if not counts:
+        for name, row, _ in rows:
+            console.print(f"{name}: {block_mix(row.architecture)}", highlight=False)
     for line in _measuring_lines(result):
         console.print(line, highlight=False, soft_wrap=True)
     for regime in regimes(inputs.table, result.space):
