@@ -202,6 +202,43 @@ def test_attention_of_every_family_is_seen(
             assert mean <= most + 1e-12
 
 
+MIXERS = {
+    "mhsa": "{type: mhsa, heads: 4}",
+    "window": "{type: window, heads: 4}",
+    "shifted": "{type: window, heads: 4, shift: 3}",
+    "sra": "{type: sra, heads: 4}",
+    "linear_sra": "{type: linear_sra, heads: 4}",
+    "tmsa": "{type: tmsa, heads: 4}",
+    "cga": "{type: cga, heads: 4}",
+    "strided": "{type: strided, heads: 4}",
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_mechanism_shows_its_heads(name: str) -> None:
+    """Maps of one head and one query sum to 1; every image has its own."""
+    text = f"""schema: slimnas/architecture/1
+name: mixer
+input: {{channels: 3, resolution: 112}}
+stem: {{type: conv_stem, width: 32}}
+stages: [{{width: 64, downsample: {{type: conv3x3}}, blocks: [{MIXERS[name]}]}}]
+head: {{type: linear, classes: 7}}
+"""
+    network = build(Architecture.from_yaml(text)).eval()
+    x = torch.randn(3, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+    found = traced(network, x)
+    assert found
+    for one, alone in zip(found, traced(network, x[1:2]), strict=True):
+        assert one.maps.shape[:2] == (3, 4)
+        assert one.outputs is not None
+        assert one.outputs.shape[:2] == (3, 4)
+        rows = one.maps.sum(dim=2)
+        assert torch.allclose(rows, rows.round(), atol=1e-3)
+        assert torch.allclose(rows, rows[0, 0].expand_as(rows), atol=1e-3)
+        assert torch.allclose(alone.maps[0], one.maps[1], atol=1e-5)
+        assert torch.allclose(alone.outputs[0], one.outputs[1], atol=1e-4)
+
+
 def test_batches_do_not_change_the_mean() -> None:
     network = random_network(ARCHITECTURES["vit"])
     x = torch.cat([images(network.architecture, seed) for seed in (1, 2)])

@@ -44,7 +44,7 @@ class HeadMaps:
     outputs: Tensor | None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """One softmax and the product after it."""
 
@@ -151,37 +151,56 @@ def _over_last(out: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 def _groups(visit: _Visit, images: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The calls of one module as maps and outputs (B, H, F).
 
-    Maps (windows, N, M) of one head each are the heads of one group, in order; maps
-    (windows, H, N, M) hold all heads of a group. Images come before their windows.
+    Several calls of one head each are the heads of one group, in order; any other call holds all
+    heads of a group.
     """
     single = [call for call in visit.calls if call.maps.dim() == 3]
-    if single:
-        heads = [_flat(visit, call.maps[:, None], images) for call in single]
-        mixed = [
-            _flat(visit, call.output[:, None], images)
-            for call in single
-            if call.output is not None and call.output.dim() == 3
-        ]
-        whole = len(mixed) == len(single)
-        yield torch.cat(heads, dim=1), torch.cat(mixed, dim=1) if whole else None
+    if len(single) > 1:
+        heads = [_by_head(visit, call.maps, images, 1) for call in single]
+        outputs = [_by_head(visit, call.output, images, 1) for call in single]
+        whole = [output for output in outputs if output is not None]
+        joined = torch.cat(whole, dim=1) if len(whole) == len(single) else None
+        yield torch.cat([maps for maps in heads if maps is not None], dim=1), joined
+    known = _heads_of(visit.module)
     for call in visit.calls:
-        if call.maps.dim() < 4:
+        if call in single and len(single) > 1:
             continue
-        maps, output = call.maps, call.output
-        seen = output is not None and output.shape[:-2] == maps.shape[:-2]
-        yield (
-            _flat(visit, maps, images),
-            _flat(visit, output, images) if seen and output is not None else None,
-        )
+        maps = _by_head(visit, call.maps, images, known)
+        output = _by_head(visit, call.output, images, known)
+        if maps is not None:
+            alike = output is not None and output.shape[1] == maps.shape[1]
+            yield maps, output if alike else None
 
 
-def _flat(visit: _Visit, x: Tensor, images: int) -> Tensor:
-    """(windows of all images, H, N, M) -> (B, H, windows of one image * N * M)."""
-    heads = x.shape[-3]
-    outer = x.shape[:-3].numel()
-    if outer % images:
+def _heads_of(module: nn.Module) -> int | None:
+    """How many heads a module says it has: its `heads`, or that one's `count`."""
+    heads = getattr(module, "heads", None)
+    count = getattr(heads, "count", heads)
+    return count if isinstance(count, int) else None
+
+
+def _by_head(visit: _Visit, x: Tensor | None, images: int, heads: int | None) -> Tensor | None:
+    """Maps or outputs of all heads as (B, H, F), all windows of an image side by side.
+
+    Takes (windows, H, N, M), also with several windows' heads one after another in H; and, where
+    heads have no axis of their own, (B, H * N, M) or (windows * H, N, M). Images come before
+    their windows, and these before their heads.
+
+    Raises:
+        AnalysisError: the tensor is not one of so many images.
+    """
+    if x is None:
+        return None
+    if x.shape[:-2].numel() % images:
         raise AnalysisError(
             f"{visit.name}: {type(visit.module).__name__} gives attention maps "
             f"{tuple(x.shape)}, which are not those of {images} images; it must put images first"
         )
-    return x.reshape(images, outer // images, heads, -1).transpose(1, 2).flatten(2)
+    if x.dim() == 3:
+        heads = heads or 1
+        if x.shape[0] == images:
+            return x.reshape(images, heads, -1)
+    elif heads is None or x.shape[-3] % heads:
+        heads = x.shape[-3]
+    windows = x.shape[:-2].numel() // images // heads
+    return x.reshape(images, windows, heads, -1).transpose(1, 2).flatten(2)

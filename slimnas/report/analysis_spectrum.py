@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 from slimnas.analysis.spectrum import HIGH, Spectrum
@@ -31,6 +31,8 @@ SERIES = (
 """Colour, by name in the palette, and marker of each group of parts."""
 PICTURES = 4
 """Groups whose spectra are shown as pictures, at most."""
+ONE_PER_DECADE = 100.0
+"""Range of a logarithmic axis from which only powers of ten are labelled."""
 CUT = (2, 98)
 """Percentiles that the pictures' common scale spans."""
 
@@ -168,7 +170,11 @@ def _draw_curves(
     axes.axvline(HIGH, color=ink("edge"), lw=0.8, ls=(0, (2, 2)), zorder=1)
     axes.set_yscale("log")
     axes.tick_params(axis="y", which="minor", left=False)
+    low, high = axes.get_ylim()
+    several = high / low < ONE_PER_DECADE
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if several else (1.0,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="spatial frequency / Nyquist", ylabel="power / mean power")
     axes.grid()
     axes.set_axisbelow(True)
