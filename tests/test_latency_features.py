@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from slimnas._resources import data_dir
+from slimnas.arch.cost import cost
 from slimnas.latency.features import network_features
 from slimnas.latency.fit import FAMILY
 from slimnas.latency.points import POINTS_FILE, load_points
@@ -83,10 +84,16 @@ def test_a_point_can_be_traced_again() -> None:
 
 
 def test_every_built_in_network_is_counted() -> None:
+    looked_at = 0
     for name in builtin_names():
-        found = network_features(get(name).architecture)
+        architecture = get(name).architecture
+        found = network_features(architecture)
         assert found.macs > 0, name
         assert found.weights >= found.streamed_weights > 0, name
+        if name.startswith("efficientvit"):  # an operator for every multiply-add
+            assert found.macs == cost(architecture).macs, name
+            looked_at += 1
+    assert looked_at == 6
 
 
 def test_attention_step_matches_its_published_growth() -> None:

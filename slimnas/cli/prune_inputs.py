@@ -85,6 +85,7 @@ def check_before(asked: Asked) -> None:
         SlimnasError: one line.
     """
     from slimnas.errors import PruneError, suggest
+    from slimnas.prune.graph import channel_graph
     from slimnas.prune.measured import open_meter
     from slimnas.prune.taylor import CRITERIA
     from slimnas.zoo.registry import get
@@ -106,6 +107,7 @@ def check_before(asked: Asked) -> None:
         given = "--threads" if asked.threads else "--clock"
         raise PruneError(f"{given}: is for measuring; give --measure RUNTIME as well")
     entry = get(asked.model)
+    channel_graph(entry.architecture)  # refuses blocks that cannot be pruned
     for kind, text in asked.budgets:
         if kind == "latency_ms" and asked.device is None:
             raise PruneError(f"--latency {text}: needs a latency table of the model; give --device")

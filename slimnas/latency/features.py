@@ -6,11 +6,22 @@ same counts of foreign networks are traced by `tools/trace_features.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from slimnas.arch.architecture import Architecture
+from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import MB3D, MB4D, Conv3x3, ConvStem, LinearHead
 from slimnas.arch.efficientformerv2 import V2FFN, V2Attention, V2AttentionDownsample, V2Head
+from slimnas.arch.efficientvit import (
+    BatchNormHead,
+    EfficientViTBlock,
+    EfficientViTStem,
+    EfficientViTSubsample,
+    padded_size,
+    window_side,
+)
 from slimnas.arch.litv2 import ConvFFNBlock, ConvMerging, HiLoBlock
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.swin import PatchMerging, SwinBlock, SwinStem
@@ -82,6 +93,9 @@ class Features:
         """All multiply-adds."""
         return self.conv_macs + self.pointwise_macs + self.grouped_macs + self.attention_macs
 
+
+_Rule = Callable[[Any, FeatureShape, FeatureShape], Features]
+"""(spec, shape it takes, shape it gives) -> features."""
 
 FEATURE_NAMES = tuple(field.name for field in fields(Features))
 
@@ -155,10 +169,9 @@ def component_features(component: Component) -> Features:
         return _patch_stem(spec, shape, component.output)
     if isinstance(spec, PatchMerging):
         return _patch_merging(component)
-    if isinstance(spec, (V2FFN, V2Attention, V2AttentionDownsample, V2Head)):
-        return _efficientformerv2(spec, shape, component.output)
-    if isinstance(spec, (ConvFFNBlock, HiLoBlock, ConvMerging)):
-        return _litv2(spec, shape, component.output)
+    for types, rule in _FAMILIES:
+        if isinstance(spec, types):
+            return rule(spec, shape, component.output)
     if isinstance(spec, LinearHead):
         norm = dynamic_norm(shape.channels * shape.positions)
         return norm + _linear(shape.channels, spec.classes, tokens=1)  # both heads fold into one
@@ -266,13 +279,73 @@ def _patch_merging(component: Component) -> Features:
     return order + dynamic_norm(elements) + _linear(merged, out.channels, out.positions)
 
 
-def _depthwise(channels: int, before: int, after: int) -> Features:
-    """A 3x3 depthwise convolution from `before` positions to `after`."""
+def _depthwise(channels: int, before: int, after: int, kernel: int = 3) -> Features:
+    """A depthwise convolution from `before` positions to `after`."""
     return Features(
         traffic_elements=channels * (before + after),
-        grouped_macs=9 * channels * after,
-        weights=9 * channels,
+        grouped_macs=kernel**2 * channels * after,
+        weights=kernel**2 * channels,
         operators=1,
+    )
+
+
+def _efficientvit(
+    spec: EfficientViTStem | EfficientViTSubsample | EfficientViTBlock | BatchNormHead,
+    shape: FeatureShape,
+    out: FeatureShape,
+) -> Features:
+    if isinstance(spec, BatchNormHead):
+        return _linear(shape.channels, spec.classes, tokens=1)  # the norm and both heads fold
+    if isinstance(spec, EfficientViTBlock):
+        ffn = _interaction_ffn(shape, spec.hidden(shape.channels))
+        return sum((ffn for _ in range(2 * spec.ffns)), _group_attention(spec, shape))
+    if isinstance(spec, EfficientViTSubsample):
+        return _subsample(spec, shape, out)
+    total = Features()
+    for width in spec.widths:
+        after = shape.halved(width)
+        total += _conv3x3(shape, after)
+        shape = after
+    return total
+
+
+def _interaction_ffn(shape: FeatureShape, hidden: int) -> Features:
+    positions = shape.positions
+    layers = _linear(shape.channels, hidden, positions) + _linear(hidden, shape.channels, positions)
+    return _depthwise(shape.channels, positions, positions) + layers
+
+
+def _group_attention(spec: EfficientViTBlock, shape: FeatureShape) -> Features:
+    width, values = shape.channels, spec.values(shape.channels)
+    side = window_side(spec.window, shape.height, shape.width)
+    rows, columns = padded_size(side, shape.height, shape.width)
+    tokens, inside = rows * columns, side**2
+    keys, scores = spec.qk_dim * tokens, tokens * inside
+    total = _linear(spec.heads * values, width, tokens)
+    for kernel in spec.kernels_per_head:
+        total += _linear(width // spec.heads, 2 * spec.qk_dim + values, tokens)
+        total += _depthwise(spec.qk_dim, tokens, tokens, kernel)
+        total += attention_product(keys, keys, scores, spec.qk_dim * scores)
+        total += softmax(scores, inside)
+        total += attention_product(scores, values * tokens, values * tokens, values * scores)
+    cut = 2 * width * tokens if tokens > inside else 0  # into windows, and back
+    return total + Features(reshaped_elements=cut)
+
+
+def _subsample(spec: EfficientViTSubsample, shape: FeatureShape, out: FeatureShape) -> Features:
+    inner, squeezed = spec.inner(shape.channels), spec.squeezed(shape.channels)
+    mean = Features(traffic_elements=inner * out.positions, operators=1)
+    scaled = Features(traffic_elements=2 * inner * out.positions, operators=1)
+    return (
+        _interaction_ffn(shape, spec.hidden_before(shape.channels))
+        + _linear(shape.channels, inner, shape.positions)
+        + _depthwise(inner, shape.positions, out.positions)
+        + mean
+        + _linear(inner, squeezed, 1)
+        + _linear(squeezed, inner, 1)
+        + scaled
+        + _linear(inner, out.channels, out.positions)
+        + _interaction_ffn(out, spec.hidden_after(out.channels))
     )
 
 
@@ -400,3 +473,14 @@ def _conv_merging(spec: ConvMerging, shape: FeatureShape, out: FeatureShape) -> 
         seen, 4 * shape.channels * offsets, offsets * out.positions, out.positions, kernel=2
     )
     return layer + moving + sampled
+
+
+_FAMILIES: tuple[tuple[tuple[type[Spec], ...], _Rule], ...] = (
+    (
+        (EfficientViTStem, EfficientViTSubsample, EfficientViTBlock, BatchNormHead),
+        _efficientvit,
+    ),
+    ((V2FFN, V2Attention, V2AttentionDownsample, V2Head), _efficientformerv2),
+    ((ConvFFNBlock, HiLoBlock, ConvMerging), _litv2),
+)
+"""Specs of a family -> its rule."""

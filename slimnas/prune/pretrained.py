@@ -20,7 +20,7 @@ import slimnas
 from slimnas._lock import folder_lock
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import cost
-from slimnas.arch.efficientformer import ConvStem
+from slimnas.arch.swin import SwinStem
 from slimnas.arch.vit import ViTStem
 from slimnas.data.splits import DataOptions
 from slimnas.data.whole import Normalisation, WholeData, open_whole
@@ -159,7 +159,7 @@ def proxy_architecture(architecture: Architecture, classes: int) -> Architecture
     if isinstance(stem, ViTStem):
         side = 4 * stem.patch
     else:
-        side = 64 if isinstance(stem, ConvStem) else 8 * stem.patch
+        side = 8 * stem.patch if isinstance(stem, SwinStem) else 64
     side = min(side, architecture.input.shape.height, architecture.input.shape.width)
     return architecture.with_resolution(side).with_head(classes=classes)
 
