@@ -93,15 +93,16 @@ FAULTS = {
     "no such block": (
         "mb4d",
         "mb5d",
-        "stages[0].blocks[0].type: must be one of 'mb4d', 'mb3d', 'vit', 'swin', got "
-        "'mb5d' (did you mean 'mb4d'?)",
+        "stages[0].blocks[0].type: must be one of 'mb4d', 'mb3d', 'vit', 'swin', 'conv_ffn', "
+        "'hilo', 'efficientvit', 'v2_ffn', 'v2_attention', 'mhsa', 'window', 'sra', "
+        "'linear_sra', 'tmsa', 'lka', 'cga', 'strided', 'pool', got 'mb5d' (did you mean 'mb4d'?)",
     ),
     "block without type": ("type: mb4d, ", "", "stages[0].blocks[0].type: missing"),
     "no such stem": (
         "conv_stem",
         "conv_stm",
-        "stem.type: must be one of 'conv_stem', 'vit_stem', 'swin_stem', got 'conv_stm' "
-        "(did you mean 'conv_stem'?)",
+        "stem.type: must be one of 'conv_stem', 'vit_stem', 'swin_stem', 'efficientvit_stem', "
+        "got 'conv_stm' (did you mean 'conv_stem'?)",
     ),
     "block that is a number": ("[{type: mb4d, repeat: 2}]", "[3]", "stages[0].blocks[0]: must be"),
     "blocks that are no list": ("[{type: mb4d, repeat: 2}]", "3", "stages[0].blocks: must be a l"),

@@ -82,8 +82,8 @@ COMMANDS = {
     ),
     "slimnas analyze mhsa-share": (
         "--backend --batch --batch-size --clock --data --device --json --lr --max-images --memory "
-        "--output --resolution --rounds --seed --seeds --shares --skip-bad-images --speedups --step "
-        "--threads --tolerance --train --train-on --train-resolution --trials MODEL"
+        "--output --resolution --rounds --seed --seeds --shares --skip-bad-images --speedups "
+        "--step --threads --tolerance --train --train-on --train-resolution --trials MODEL"
     ),
     "slimnas analyze ablate": (
         "--batch-size --data --epochs --importance --json --lr --max-images --output --qk-dims "

@@ -120,9 +120,11 @@ class HiLo(nn.Module):
             self._by_head(part, inside, self.hi_heads) for part in windows.split([hi] * 3, dim=2)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale).transpose(1, 2)
-        joined = mixed.reshape(-1, across, side, side * hi).transpose(1, 2)
-        out: Tensor = self.h_proj(joined.reshape(-1, self.padded[0] * self.padded[1], hi))
-        return out
+        # Projected window by window: ExecuTorch lays attention's output out anew, and cannot
+        # regroup it before something has copied it.
+        out: Tensor = self.h_proj(mixed.reshape(-1, inside, hi))
+        joined = out.reshape(-1, across, side, side * hi).transpose(1, 2)
+        return joined.reshape(-1, self.padded[0] * self.padded[1], hi)
 
     def lofi(self, x: Tensor) -> Tensor:
         """The Lo-Fi heads' part of the output.
