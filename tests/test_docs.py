@@ -147,7 +147,7 @@ def test_the_readme_begins_with_two_commands() -> None:
 
 
 def test_it_looks_at_every_block() -> None:
-    assert len(SLIMNAS) == 74
+    assert len(SLIMNAS) == 76
     assert len(list(blocks("python"))) == 2
     assert len(list(blocks("yaml"))) == 2
     others = [line for _, line in commands() if not line.startswith("slimnas ")]
