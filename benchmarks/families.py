@@ -354,7 +354,7 @@ def parse() -> tuple[Settings, list[Case], argparse.Namespace]:
 def main() -> None:
     """Measure what is missing, print and keep."""
     settings, cases, given = parse()
-    warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # timm'"'"'s, when exported
+    warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # timm's, when exported
     rows = []
     for number, case in enumerate(cases, 1):
         rows.append(kept(case, settings, given.cache, fresh=given.fresh))
