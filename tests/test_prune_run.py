@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -131,7 +130,7 @@ class Stops(Events):
     def at(self, name: str, done: int) -> None:
         if name == self.name and len(self.of(name)) == self.number:
             if self.gently:
-                os.kill(os.getpid(), signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
             else:
                 raise KeyboardInterrupt
 
