@@ -31,7 +31,7 @@ from slimnas.measure.plan import Entry, Plan, network_entry
 from slimnas.measure.timing import Round
 
 FEWEST = 3
-"""Fewer whole networks than this correct nothing; fewer rounds have no standard error."""
+"""Fewer whole networks than this correct nothing."""
 
 ANOTHER_PACE = 0.1
 """How far a round's reference may be from its median over a whole build, as a share."""
@@ -319,10 +319,11 @@ def _as_written(row: PriceRow) -> PriceRow:
 def _row(entry: Entry, timing: Timing) -> PriceRow:
     """A component that costs next to nothing may come out negative within its error.
 
-    Its price is then that error: the table has positive prices only, and says how sure it is.
+    Its price is then that error: the table has positive prices only, and says how sure it is. Of
+    one round there is no error.
     """
     assert entry.key is not None
-    if timing.n >= FEWEST and timing.latency_ms < -SURE * timing.error_ms:
+    if timing.n > 1 and timing.latency_ms < -SURE * timing.error_ms:
         raise LatencyTableError(
             f"{entry.name}: comes out negative ({timing.latency_ms:.6f} ms, standard error "
             f"{timing.error_ms:.6f} ms, {timing.n} rounds); free the machine, remove the journal "
