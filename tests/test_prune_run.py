@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 import killed_prunes
 import pytest
 import torch
+from ctrl_c import press_ctrl_c
 from prune_cases import FAMILIES, random_network, random_plan
 from prune_world import ARCHITECTURE, Events, budget, calibration, network, prune
 
@@ -130,7 +130,7 @@ class Stops(Events):
     def at(self, name: str, done: int) -> None:
         if name == self.name and len(self.of(name)) == self.number:
             if self.gently:
-                signal.raise_signal(signal.SIGINT)
+                press_ctrl_c()
             else:
                 raise KeyboardInterrupt
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ctrl_c import press_ctrl_c
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -239,7 +240,7 @@ def ctrl_c_at(step: int, times: int = 1) -> Watch:
     def on_step(report: StepReport) -> None:
         if report.step == step:
             for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
+                press_ctrl_c()
 
     return Watch(on_step)
 
