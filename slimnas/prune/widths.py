@@ -22,6 +22,7 @@ from slimnas._files import atomic_write_text, read_text
 from slimnas.arch.architecture import AnyBlock, Architecture
 from slimnas.arch.documents import Spec, check_schema, parse_spec
 from slimnas.arch.efficientformer import MB3D, MB4D, ConvStem
+from slimnas.arch.vit import TransformerBlock
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import PruneError, SpecError, suggest
 
@@ -251,8 +252,10 @@ class WidthPlan:
 
 
 def attention_dims(block: AnyBlock) -> tuple[int, int, int]:
-    """Heads, and query-key and value dims per head; zeros for a block without attention."""
-    return (0, 0, 0) if isinstance(block, MB4D) else (block.heads, block.qk_dim, block.v_dim)
+    """Heads, and query-key and value dims per head; zeros for a block without such attention."""
+    if not isinstance(block, (MB3D, TransformerBlock)):
+        return (0, 0, 0)
+    return (block.heads, block.qk_dim, block.v_dim)
 
 
 def block_components(architecture: Architecture) -> Iterator[tuple[Component, AnyBlock]]:
