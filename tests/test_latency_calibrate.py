@@ -197,3 +197,15 @@ def test_a_price_without_width_is_flat() -> None:
 def test_unknown_model_is_named() -> None:
     with pytest.raises(LatencyTableError, match=r"device model 'processer' \(did you mean 'proc"):
         fit_points([], FitInfo(model="processer"))
+
+
+def test_a_block_without_a_rule_is_named(here: Path) -> None:
+    folder = here / "model_zoo" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "architecture.yaml").write_text(
+        "schema: slimnas/architecture/1\nname: mine\ninput: {channels: 3, resolution: 32}\n"
+        "stem: {type: conv_stem, width: 16, act: relu}\n"
+        "stages: [{width: 16, blocks: [{type: lka}]}]\nhead: {type: linear, classes: 10}\n"
+    )
+    with pytest.raises(LatencyTableError, match=r"mine: .*leave its point out"):
+        run("--points", written(here / "mine.csv", "mine,5,a"), "--device", "phone")

@@ -106,7 +106,7 @@ def test_defaults_are_written_out() -> None:
         (
             "heads: 2, qk_dim: 4, kernels",
             "heads: 3, qk_dim: 4, kernels",
-            r"blocks\.cga: .*one per head|must be a multiple of 12",
+            r"stages\[1\]\.width: must be a multiple of 12, so that every head of hilo and cga",
         ),
     ],
 )

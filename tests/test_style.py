@@ -51,7 +51,7 @@ def faults(rule: Rule, paths: list[Path]) -> list[str]:
 
 def is_command(function: Function) -> bool:
     """A command line function: its arguments are the options, its length their declaration."""
-    return "Option" in ast.unparse(function.args)
+    return bool(re.search(r"typer\.Option|: \w+Option\b", ast.unparse(function.args)))
 
 
 def test_it_looks_at_the_code() -> None:

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slimnas.cli.analyze_network import SkipOption
 from slimnas.cli.analyze_training import (
     JOURNAL,
-    RUNS,
     AskedBudget,
+    FirstSeedOption,
+    LrOption,
+    MaxImagesOption,
+    SeedsOption,
+    StepImagesOption,
     StudyProgress,
+    TrainDataOption,
+    TrainOnOption,
     numbers,
     open_budget,
     print_table,
@@ -19,7 +26,7 @@ from slimnas.cli.analyze_training import (
     whole_numbers,
 )
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
-from slimnas.cli.runs import RunOn, no_empty_folder, says_how_to_go_on
+from slimnas.cli.runs import RUNS, RunOn, no_empty_folder, says_how_to_go_on
 
 if TYPE_CHECKING:
     from slimnas.analysis.ablate import Ablation, Point
@@ -53,23 +60,17 @@ def ablate(
         ),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Training epochs.")] = 10,
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings per network.")] = 1,
-    data: Annotated[
-        str, typer.Option(help="digits, image folder, parquet files, webdataset tars or hub id.")
-    ] = "digits",
+    seeds: SeedsOption = 1,
+    data: TrainDataOption = "digits",
     resolution: Annotated[
         int | None, typer.Option(min=1, help="Side of the images; else the model's, 64 for digits.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per training step.")] = 32,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    max_images: Annotated[
-        int | None, typer.Option(min=1, help="Use at most this many images of the data.")
-    ] = None,
-    skip_bad_images: Annotated[
-        bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be decoded.")
-    ] = False,
-    train_on: Annotated[RunOn, typer.Option(help="Where networks train.")] = RunOn.AUTO,
-    seed: Annotated[int, typer.Option(min=0, help="First seed.")] = 0,
+    batch_size: StepImagesOption = 32,
+    lr: LrOption = 1e-3,
+    max_images: MaxImagesOption = None,
+    skip_bad_images: SkipOption = False,
+    train_on: TrainOnOption = RunOn.AUTO,
+    seed: FirstSeedOption = 0,
     output: Annotated[
         Path | None, typer.Option(help="Folder; else runs/analyze-ablate-MODEL.")
     ] = None,

@@ -82,10 +82,10 @@ def attention(
     Example: slimnas analyze attention --mechanisms hilo,mhsa,window,sra,lka --batch 8
     """
     from slimnas.analysis.attention import run_study
-    from slimnas.analysis.attention_files import save_study, study_dict
     from slimnas.analysis.attention_study import AttentionStudy
     from slimnas.analysis.interleaved import Rounds
     from slimnas.analysis.mechanisms import MECHANISMS
+    from slimnas.report.analysis_attention_files import save_study, study_dict
 
     if runtime is not Runtime.TORCH and attention_form is not None:
         raise typer.BadParameter("exported layers have one form of attention; leave it out")
@@ -168,7 +168,7 @@ def _figures(result: StudyResult, folder: Path) -> list[Path]:
 
 
 def _lines(result: StudyResult) -> Iterator[str]:
-    from slimnas.analysis.attention_files import attention_kernels
+    from slimnas.report.analysis_attention_files import attention_kernels
 
     study = result.study
     name, version = result.runtime

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -26,12 +25,10 @@ from slimnas.cli.analyze_network import (
     open_subject,
 )
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
-from slimnas.cli.runs import no_empty_folder
+from slimnas.cli.runs import RUNS, no_empty_folder
 
 if TYPE_CHECKING:
     from slimnas.analysis.heads import HeadReport, LayerHeads
-
-RUNS = Path("runs")
 
 
 def heads(

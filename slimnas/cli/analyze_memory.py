@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,11 +16,11 @@ from slimnas.cli.analyze_network import (
     SeedOption,
 )
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
+from slimnas.cli.runs import RUNS
 
 if TYPE_CHECKING:
     from slimnas.analysis.memory import Profile, Row
 
-RUNS = Path("runs")
 OPERATORS_SHOWN = 12
 
 

@@ -7,13 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import TaskID
 
 from slimnas.cli.bars import RunProgress
 from slimnas.cli.output import note
+from slimnas.cli.runs import RunOn
 
 if TYPE_CHECKING:
     from slimnas.analysis.budget import TrainingBudget
@@ -21,7 +22,18 @@ if TYPE_CHECKING:
     from slimnas.arch.architecture import Architecture
     from slimnas.train.loop import StepReport
 
-RUNS = Path("runs")
+TrainDataOption = Annotated[
+    str, typer.Option(help="digits, image folder, parquet files, webdataset tars or hub id.")
+]
+StepImagesOption = Annotated[int, typer.Option(min=1, help="Images per training step.")]
+LrOption = Annotated[float, typer.Option(help="Peak learning rate.")]
+SeedsOption = Annotated[int, typer.Option(min=1, help="Trainings per network.")]
+FirstSeedOption = Annotated[int, typer.Option(min=0, help="First seed.")]
+MaxImagesOption = Annotated[
+    int | None, typer.Option(min=1, help="Use at most this many images of the data.")
+]
+TrainOnOption = Annotated[RunOn, typer.Option(help="Where networks train.")]
+
 JOURNAL = "finished.jsonl"
 LINE_SECONDS = 10.0
 

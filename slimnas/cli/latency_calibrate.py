@@ -101,10 +101,14 @@ def _fit_info(model: Model | None, prior: str | None, strength: float) -> FitInf
 
 
 def _features(network: str) -> Features:
+    from slimnas.errors import LatencyTableError
     from slimnas.latency.features import network_features
     from slimnas.zoo.registry import get
 
-    return network_features(get(network).architecture)
+    try:
+        return network_features(get(network).architecture)
+    except TypeError as error:
+        raise LatencyTableError(f"{network}: {error}; leave its point out until then") from error
 
 
 def _summary(calibrated: Calibrated, folder: Path) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from slimnas.cli.latency_options import Clock
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 from slimnas.cli.prune_inputs import Asked, check_before, open_inputs
 from slimnas.cli.prune_rules import rules
-from slimnas.cli.runs import RunOn, no_empty_folder, says_how_to_go_on
+from slimnas.cli.runs import RUNS, RunOn, no_empty_folder, says_how_to_go_on
 
 if TYPE_CHECKING:
     from slimnas.report.pruning import ReportKind
 
-RUNS = Path("runs")
 DEFAULT_BUDGET = "70%"
 
 app = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})

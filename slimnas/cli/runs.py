@@ -9,6 +9,9 @@ from pathlib import Path
 
 from slimnas.cli.output import note
 
+RUNS = Path("runs")
+"""Where run folders go by default, in the working directory."""
+
 
 class RunOn(str, Enum):
     """Where networks run and train."""

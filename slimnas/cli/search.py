@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
-from slimnas.cli.runs import RunOn, no_empty_folder, says_how_to_go_on
+from slimnas.cli.runs import RUNS, RunOn, no_empty_folder, says_how_to_go_on
 
 if TYPE_CHECKING:
     from slimnas.arch.space import SearchSpace
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from slimnas.supernet.train import TrainedSupernet
 
 DEFAULT_SPACE = "efficientformer_tiny"
-RUNS = Path("runs")
 
 
 class Mixing(str, Enum):

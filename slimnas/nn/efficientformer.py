@@ -301,7 +301,7 @@ class LinearHead(nn.Module):
     """
 
     layout: ClassVar[Layout] = "tokens"
-    norm: nn.LayerNorm
+    norm: nn.Module
     head: nn.Linear
     head_dist: nn.Linear | None
 
@@ -313,12 +313,17 @@ class LinearHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (B, K), or a pair of them from a distilled head in training."""
-        pooled = self.norm(to_tokens(x) if x.dim() == 4 else x).mean(dim=1)
+        pooled = self.pooled(x)
         logits: Tensor = self.head(pooled)
         if self.head_dist is None:
             return logits
         distilled: Tensor = self.head_dist(pooled)
         return (logits, distilled) if self.training else (logits + distilled) / 2
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What the classifiers read: (B, C)."""
+        out: Tensor = self.norm(to_tokens(x) if x.dim() == 4 else x).mean(dim=1)
+        return out
 
     def fold_(self) -> None:
         """Make one classifier of two."""

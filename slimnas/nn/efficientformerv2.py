@@ -22,7 +22,7 @@ from slimnas.arch import efficientformerv2 as specs
 from slimnas.arch.documents import Spec
 from slimnas.arch.walk import Component
 from slimnas.errors import InputSizeError
-from slimnas.nn.efficientformer import offset_index
+from slimnas.nn.efficientformer import LinearHead, offset_index
 from slimnas.nn.layers import (
     BATCH_NORM_EPS,
     ConvNorm,
@@ -358,62 +358,41 @@ class V2Attention(V2FFN):
         self.ls1 = into_layer(self.ls1, self.token_mixer.proj.conv)
 
 
-class V2Head(nn.Module):
+class V2Head(LinearHead):
     """BatchNorm, mean over positions, linear classifier; a second if distilled.
 
-    Takes a map (B, C, H, W) or tokens (B, N, C). A distilled head gives the pair
-    (logits, distillation logits) in training and their mean in evaluation.
-
-    Args:
-        width: channels C.
-        classes: number of classes K.
-        distilled: whether there is a second classifier that learns from a teacher.
+    Takes a map (B, C, H, W) or tokens (B, N, C); otherwise as EfficientFormer's.
     """
 
     layout: ClassVar[Layout] = "map"
-    norm: nn.Module
-    head: nn.Linear
-    head_dist: nn.Linear | None
 
     def __init__(self, *, width: int, classes: int, distilled: bool = False) -> None:
-        super().__init__()
+        super().__init__(width=width, classes=classes, distilled=distilled)
         self.norm = nn.BatchNorm2d(width, eps=BATCH_NORM_EPS)
-        self.head = initialised(nn.Linear(width, classes))
-        self.head_dist = initialised(nn.Linear(width, classes)) if distilled else None
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits (B, K), or a pair of them from a distilled head in training."""
+    def pooled(self, x: Tensor) -> Tensor:
+        """What the classifiers read: (B, C)."""
         if x.dim() == 3:
             x = x.transpose(1, 2).unsqueeze(3)
-        if self.norm.training:
-            pooled = self.norm(x).mean(dim=(2, 3))
-        else:  # a fixed linear map: of the mean it costs less, and gives the same
-            pooled = self.norm(x.mean(dim=(2, 3), keepdim=True)).flatten(1)
-        logits: Tensor = self.head(pooled)
-        if self.head_dist is None:
-            return logits
-        distilled: Tensor = self.head_dist(pooled)
-        return (logits, distilled) if self.training else (logits + distilled) / 2
+        # In evaluation a fixed linear map: of the mean it costs less, and gives the same.
+        fixed = not self.norm.training
+        out: Tensor = self.norm(x.mean(dim=(2, 3), keepdim=True) if fixed else x)
+        return out.flatten(1) if fixed else out.mean(dim=(2, 3))
 
     def fold_(self) -> None:
         """Make one classifier of two, and let it normalise."""
-        weight, bias = self.head.weight, self.head.bias
-        assert bias is not None
-        if self.head_dist is not None:
-            assert self.head_dist.bias is not None
-            weight = frozen((weight + self.head_dist.weight) / 2)
-            bias = frozen((bias + self.head_dist.bias) / 2)
-            self.head_dist = None
-        if isinstance(self.norm, nn.BatchNorm2d):
-            norm = self.norm
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            offset = norm.bias - norm.running_mean * factor
-            bias = frozen(bias + weight @ offset)
-            weight = frozen(weight * factor)
-            self.norm = nn.Identity()
-        self.head.weight, self.head.bias = weight, bias
+        super().fold_()
+        norm = self.norm
+        if not isinstance(norm, nn.BatchNorm2d):  # folded already
+            return
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert self.head.bias is not None
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        offset = norm.bias - norm.running_mean * factor
+        self.head.bias = frozen(self.head.bias + self.head.weight @ offset)
+        self.head.weight = frozen(self.head.weight * factor)
+        self.norm = nn.Identity()
 
 
 def _check_size(x: Tensor, size: Grid) -> None:

@@ -11,9 +11,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from slimnas.analysis.attention_files import attention_kernels
 from slimnas.analysis.attention_study import LayerRow, StudyResult
 from slimnas.analysis.mechanisms import HILO, MECHANISMS
+from slimnas.report.analysis_attention_files import attention_kernels
 from slimnas.report.figures import WIDE_IN, drawing_style, ink
 
 ROW_IN = 0.27

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
 
 from slimnas.arch.architecture import Architecture
+
+DERIVED = "attention_bias_idxs"
+"""An index that the released codes store although it follows from the size of the map."""
+
+HEAD_PARTS: Mapping[str, str] = MappingProxyType(
+    {
+        "norm": "head.norm",
+        "head": "head.head",
+        "head_dist": "head.head_dist",
+        "dist_head": "head.head_dist",
+    }
+)
+"""EfficientFormer's and EfficientFormerV2's classifier, in either code -> ours."""
 
 KeyLayout = Literal["slimnas", "timm", "official", "huggingface"]
 

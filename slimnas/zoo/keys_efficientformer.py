@@ -14,17 +14,10 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from slimnas.arch.architecture import Architecture
-from slimnas.zoo.keymap import KeyLayout, KeyMap
+from slimnas.zoo.keymap import DERIVED, HEAD_PARTS, KeyLayout, KeyMap
 
-_DERIVED = "attention_bias_idxs"
 _OFFICIAL_STEM = {"0": "conv1", "1": "norm1", "3": "conv2", "4": "norm2"}
 _OFFICIAL_PARTS = {"layer_scale_1": "ls1.gamma", "layer_scale_2": "ls2.gamma"}
-_HEAD_PARTS = {
-    "norm": "head.norm",
-    "head": "head.head",
-    "head_dist": "head.head_dist",
-    "dist_head": "head.head_dist",
-}
 
 
 def _detect(state: Mapping[str, Tensor]) -> KeyLayout | None:
@@ -40,7 +33,7 @@ def _rename(
 ) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in state.items():
-        if name.endswith(_DERIVED):
+        if name.endswith(DERIVED):
             continue
         if layout == "official":
             name = _official_to_timm(name)
@@ -69,7 +62,7 @@ def _timm_to_ours(name: str, architecture: Architecture) -> str:
         stage, index = int(block[1]), int(block[2])
         return f"stages.{stage}.blocks.{_without_flat(architecture, stage, index)}.{block[3]}"
     first, _, rest = name.partition(".")
-    return f"{_HEAD_PARTS.get(first, first)}.{rest}"
+    return f"{HEAD_PARTS.get(first, first)}.{rest}"
 
 
 def _without_flat(architecture: Architecture, stage: int, index: int) -> int:

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.efficientformer import Conv3x3
-from slimnas.zoo.keymap import KeyLayout, KeyMap
+from slimnas.zoo.keymap import DERIVED, HEAD_PARTS, KeyLayout, KeyMap
 
-_DERIVED = "attention_bias_idxs"
 _CONV = ".conv."
 _OFFICIAL_STEM = {"0": "conv1.conv", "1": "conv1.bn", "3": "conv2.conv", "4": "conv2.bn"}
 _OFFICIAL_PARTS = (
@@ -31,12 +30,6 @@ _OFFICIAL_PARTS = (
     (r"mlp\.mid_norm\.", "mlp.mid.bn."),
     (r"layer_scale_([12])$", r"ls\1.gamma"),
 )
-_HEAD_PARTS = {
-    "norm": "head.norm",
-    "head": "head.head",
-    "head_dist": "head.head_dist",
-    "dist_head": "head.head_dist",
-}
 
 
 def _detect(state: Mapping[str, Tensor]) -> KeyLayout | None:
@@ -52,7 +45,7 @@ def _rename(
 ) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in state.items():
-        if name.endswith(_DERIVED):
+        if name.endswith(DERIVED):
             continue
         if layout == "official":
             name = _official_to_timm(name)
@@ -88,7 +81,7 @@ def _timm_to_ours(name: str, architecture: Architecture) -> str:
         part = "conv" if downsample[2] == "conv" else "norm"
         return f"stages.{downsample[1]}.downsample.{part}.{downsample[3]}"
     first, _, rest = name.partition(".")
-    return f"{_HEAD_PARTS.get(first, first)}.{rest}"
+    return f"{HEAD_PARTS.get(first, first)}.{rest}"
 
 
 def _plain_downsample(architecture: Architecture, stage: int) -> bool:

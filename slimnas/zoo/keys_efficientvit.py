@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from slimnas.arch.architecture import Architecture
-from slimnas.zoo.keymap import KeyLayout, KeyMap
+from slimnas.zoo.keymap import DERIVED, KeyLayout, KeyMap
 
-_DERIVED = "attention_bias_idxs"
 _KERNEL = re.compile(r".+\.(conv|fc1|fc2)\.weight")
 _OFFICIAL_LAYERS = {"c": "conv", "l": "linear"}
 _SUBSAMPLE_PARTS = ("res1", "patchmerge", "res2")
@@ -50,7 +49,7 @@ def _rename(
 ) -> dict[str, Tensor]:
     renamed = {}
     for name, tensor in state.items():
-        if name.endswith(_DERIVED):
+        if name.endswith(DERIVED):
             continue
         if layout == "official":
             name = _official_to_timm(name, architecture)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from slimnas import __version__
-from slimnas._files import atomic_write_text
 from slimnas.analysis.attention_study import LEVEL, NOISE, LayerRow, StudyResult
+from slimnas.report.analysis_files import write_csv, write_json
 
 SCHEMA = "slimnas/attention-study/1"
 CSV_FILE, JSON_FILE = "attention.csv", "attention.json"
@@ -65,14 +62,9 @@ def save_study(result: StudyResult, folder: Path) -> tuple[Path, Path]:
     Raises:
         RunFolderError: the folder cannot be written.
     """
-    table, document = folder / CSV_FILE, folder / JSON_FILE
-    text = io.StringIO()
-    rows = [_flat(_row_dict(result, row)) for row in result.rows]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write_text(table, text.getvalue())
-    atomic_write_text(document, json.dumps(study_dict(result), indent=1, allow_nan=False) + "\n")
+    rows = [_row_dict(result, row) for row in result.rows]
+    table = write_csv(folder / CSV_FILE, [_without_rounds(row) for row in rows])
+    document = write_json(folder / JSON_FILE, study_dict(result))
     return table, document
 
 
@@ -101,10 +93,5 @@ def _row_dict(result: StudyResult, row: LayerRow) -> dict[str, Any]:
     }
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A CSV row: no list of rounds, six digits, empty for none."""
-    return {
-        name: f"{value:.6g}" if isinstance(value, float) else value
-        for name, value in row.items()
-        if name != "rounds_ms"
-    }
+def _without_rounds(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name != "rounds_ms"}
