@@ -27,6 +27,33 @@ _BATCHES_AHEAD = 2
 _ORDER, _AUGMENT = 1, 2  # keep the two random streams of one (seed, epoch) apart
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which images of every batch one process gets: the `index`-th of `count` contiguous slices.
+
+    Of a batch of `size` images these are [index * size // count, (index + 1) * size // count).
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a slice that does not exist.
+
+        Raises:
+            DataError: `index` does not lie in 0..count - 1.
+        """
+        if not 0 <= self.index < self.count:
+            raise DataError(f"a part must be one of 0..{self.count - 1}, got {self.index}")
+
+    def of(self, size: int) -> slice:
+        """Return the slice of a batch of `size` images."""
+        return slice(self.index * size // self.count, (self.index + 1) * size // self.count)
+
+
+WHOLE = Part()
+
+
 class Split(enum.Enum):
     """What a set of images may be used for."""
 
@@ -139,6 +166,7 @@ class ImageSet:
         epoch: int,
         augment: bool,
         start_batch: int = 0,
+        part: Part = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield one epoch of shuffled training batches.
 
@@ -146,23 +174,65 @@ class ImageSet:
         only one.
 
         Args:
-            batch_size: images per batch.
+            batch_size: images per batch, over all processes.
             device: where the batches are wanted; augmentation runs there.
             seed: of the run, >= 0.
             epoch: counts from 0; each has its own order and augmentation.
             augment: shift each image by up to an eighth, mirror half of them if `flip` allows.
             start_batch: the first batch to yield, for a run that resumes inside an epoch.
+            part: which images of every batch are wanted; all parts together are the whole batch.
 
         Yields:
             Normalised images (B, C, H, W) float32 and labels (B,) int64, on `device`.
         """
-        order = permutation(len(self), seed, epoch, _ORDER)
-        numbers = range(start_batch, self.steps(batch_size))
-        chunks = [order[batch * batch_size : (batch + 1) * batch_size] for batch in numbers]
-        for batch, (images, labels) in zip(numbers, self._fetch(chunks, device), strict=True):
+        raw = self.raw_batches(
+            batch_size, device=device, seed=seed, epoch=epoch, start_batch=start_batch, part=part
+        )
+        total = min(batch_size, len(self))
+        for batch, (images, labels) in enumerate(raw, start_batch):
             if augment:
-                images = shift_and_flip(images, _generator(seed, epoch, batch), flip=self.flip)
+                draws = augment_generator(seed, epoch, batch)
+                images = shift_and_flip(images, draws, flip=self.flip, part=part, total=total)
             yield self.normalise(images), labels
+
+    def raw_batches(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str,
+        seed: int,
+        epoch: int,
+        start_batch: int = 0,
+        part: Part = WHOLE,
+        repeats: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield one epoch of shuffled training batches, neither augmented nor normalised.
+
+        With `repeats` each image stands that often in a batch, for augmentation to tell its
+        copies apart, and an epoch keeps its number of batches: it shows a `repeats`-th of the
+        images (Hoffer et al. 2020, as the RASampler of timm and DeiT). First copies come first in
+        a batch, so that processes whose number `repeats` divides get different copies.
+
+        Args:
+            batch_size: images per batch, copies counted, over all processes.
+            device: where the batches are wanted.
+            seed: of the run, >= 0.
+            epoch: counts from 0; each has its own order.
+            start_batch: the first batch to yield, for a run that resumes inside an epoch.
+            part: which images of every batch are wanted.
+            repeats: copies of each image, >= 1.
+
+        Yields:
+            Images (B, C, H, W) uint8 and labels (B,) int64, on `device`.
+        """
+        order = permutation(len(self), seed, epoch, _ORDER)
+        total = min(batch_size, len(self))
+        chunks = []
+        for batch in range(start_batch, self.steps(batch_size)):
+            places = np.arange(batch * total, (batch + 1) * total)
+            places = places[np.argsort(places % repeats, kind="stable")][part.of(total)]
+            chunks.append(order[places // repeats])
+        yield from self._fetch(chunks, device)
 
     def eval_batches(
         self, batch_size: int, *, device: torch.device | str, start_batch: int = 0
@@ -193,7 +263,14 @@ class ImageSet:
             yield images.to(device), self.labels[torch.from_numpy(indexes)].to(device)
 
 
-def shift_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+def shift_and_flip(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    flip: bool,
+    part: Part = WHOLE,
+    total: int | None = None,
+) -> Tensor:
     """Shift each image by up to an eighth of its side, edges reflected; mirror half of them.
 
     The offsets are drawn on the CPU, so every device gets the same ones.
@@ -202,18 +279,22 @@ def shift_and_flip(images: Tensor, generator: torch.Generator, *, flip: bool) ->
         images: (B, C, H, W), any dtype and device.
         generator: a CPU generator.
         flip: whether to mirror.
+        part: which part of a batch `images` is; draws are made for the whole batch.
+        total: images of the whole batch; None for B.
     """
     batch, channels, height, width = images.shape
-    rows = _shifted(batch, height, generator)
-    columns = _shifted(batch, width, generator)
+    total = batch if total is None else total
+    mine = part.of(total)
+    rows = _shifted(total, height, generator)[mine]
+    columns = _shifted(total, width, generator)
     if flip:
-        mirrored = torch.rand((batch, 1), generator=generator) < 0.5
+        mirrored = torch.rand((total, 1), generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     device = images.device
     which = torch.arange(batch, device=device).view(-1, 1, 1, 1)
     channel = torch.arange(channels, device=device).view(1, -1, 1, 1)
     rows = rows.to(device).view(batch, 1, height, 1)
-    return images[which, channel, rows, columns.to(device).view(batch, 1, 1, width)]
+    return images[which, channel, rows, columns[mine].to(device).view(batch, 1, 1, width)]
 
 
 def permutation(count: int, *key: int) -> LongArray:
@@ -234,6 +315,7 @@ def _shifted(batch: int, side: int, generator: torch.Generator) -> Tensor:
     return (side - 1) - (side - 1 - position).abs()
 
 
-def _generator(seed: int, epoch: int, batch: int) -> torch.Generator:
+def augment_generator(seed: int, epoch: int, batch: int) -> torch.Generator:
+    """Return the generator of one batch's augmentation, apart from that of its order."""
     state = np.random.SeedSequence((seed, epoch, _AUGMENT, batch)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
