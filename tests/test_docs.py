@@ -113,7 +113,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         raise LongWorkError("all is well so far")
 
     monkeypatch.setattr("slimnas.search.run.train_supernet", started)
-    monkeypatch.setattr("slimnas.search.run._evaluator", started)  # with --supernet
+    monkeypatch.setattr("slimnas.search.run.open_evaluator", started)  # with --supernet
     for long_work in LONG_MEASURING:
         monkeypatch.setattr(f"slimnas.measure.{long_work}", started)
     monkeypatch.setattr("slimnas.prune.pretrained.open_start", started)

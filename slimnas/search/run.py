@@ -164,7 +164,7 @@ def run_search(
     }
     importance = ImportanceRecord(trained.supernet.alphas(), provenance)
     importance.save(folder / IMPORTANCE)
-    evaluator = _evaluator(config, trained.supernet, importance, data)
+    evaluator = open_evaluator(config, trained.supernet, importance, data)
     images = min(config.search_images, len(data.search))
 
     def evaluate(selection: Selection) -> float:
@@ -280,9 +280,17 @@ def _require_space_on_disk(folder: Path, supernet: Supernet) -> None:
         )
 
 
-def _evaluator(
+def open_evaluator(
     config: SearchConfig, supernet: Supernet, importance: ImportanceRecord, data: SearchData
 ) -> SelectionEvaluator:
+    """What judges candidates of a run: a sample of SEARCH, BatchNorm measured on TRAIN.
+
+    Args:
+        config: of the run: how many images, and which.
+        supernet: trained; put in evaluation mode.
+        importance: says which network the order of the channels is measured on.
+        data: TRAIN and SEARCH that the supernet was trained with.
+    """
     supernet.eval()
     device = next(supernet.parameters()).device
     space = supernet.space
