@@ -175,7 +175,7 @@ def _network(
     start = _start(asked, entry, spare)
     network = start.network
     if asked.resolution is not None:
-        network = _resized(network, asked.resolution)
+        network = resized(network, asked.resolution)
     return network, start.name, start.source, start.normalisation, start.trained_on
 
 
@@ -206,7 +206,7 @@ def _start(asked: AskedNetwork, entry: Entry, spare: Path) -> Start:
         )
 
 
-def _resized(network: Network, resolution: int) -> Network:
+def resized(network: Network, resolution: int | tuple[int, int]) -> Network:
     """The same network for images of another size, what depends on it interpolated."""
     from slimnas.nn.build import build
     from slimnas.nn.resolution import adapt_state_dict

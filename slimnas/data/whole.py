@@ -72,9 +72,7 @@ def open_whole(
     source = _source(spec, options)
     total = len(source.train.labels)
     own = source.test if hold_out else None
-    held = 0
-    if hold_out and own is None:
-        held = min(max(1, round(options.test_fraction * total)), MOST_HELD_OUT)
+    held = _held(total, options) if hold_out and own is None else 0
     if held >= total:
         raise DataError(
             f"--data {spec}: must have at least {1 + int(hold_out)} images, got {total}; add "
@@ -97,6 +95,15 @@ def open_whole(
         digest=_digest(part, sample, options),
         description=_describe(source, part, test),
     )
+
+
+def held_out_rows(total: int, options: DataOptions) -> LongArray:
+    """Rows that `open_whole` holds out of `total` images without a test split, ascending."""
+    return np.sort(permutation(total, options.seed, _ROWS)[: _held(total, options)])
+
+
+def _held(total: int, options: DataOptions) -> int:
+    return min(max(1, round(options.test_fraction * total)), MOST_HELD_OUT)
 
 
 def _source(spec: str, options: DataOptions) -> Source:

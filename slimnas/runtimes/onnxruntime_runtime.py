@@ -73,6 +73,19 @@ def onnx_model(module: nn.Module, example: Tensor, dtype: str) -> bytes:
     return int8_onnx_bytes(module, example)
 
 
+@dataclass(frozen=True)
+class OnnxTensor:
+    """What an ONNX model says of an input or output.
+
+    Attributes:
+        dtype: its number format as ONNX Runtime writes it: `tensor(float)`.
+        shape: its sizes; None where the file leaves one open.
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
 class OnnxSession:
     """An ONNX model opened on a fixed number of threads.
 
@@ -95,7 +108,22 @@ class OnnxSession:
             raise ExportError(f"ONNX Runtime cannot load the model: {reason}") from error
         self._input = self._session.get_inputs()[0].name
 
+    @property
+    def takes(self) -> OnnxTensor:
+        """The model's first input."""
+        return _described(self._session.get_inputs()[0])
+
+    @property
+    def gives(self) -> OnnxTensor:
+        """The model's first output."""
+        return _described(self._session.get_outputs()[0])
+
     def run(self, x: Array) -> Array:
         """Map one batch to the model's first output."""
         output: Array = self._session.run(None, {self._input: x})[0]
         return output
+
+
+def _described(argument: onnxruntime.NodeArg) -> OnnxTensor:
+    shape = tuple(size if isinstance(size, int) else None for size in argument.shape)
+    return OnnxTensor(argument.type, shape)
