@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from slimnas.arch.architecture import Architecture
 from slimnas.errors import InputSizeError, SpecError
 from slimnas.nn.build import FeatureNetwork, Stage, build_features
+from slimnas.nn.layers import ResidualBlock
 from slimnas.nn.layout import is_tracing
 from slimnas.nn.resolution import resizings
 
@@ -39,17 +40,21 @@ class Resized:
         made: modules that are not the original's.
         shared: original's tensors that those modules take as they are, by name.
         resized: original's tensors that they take resized, by name.
+        blocks: residual blocks among `made`, each with the original's that it stands for.
     """
 
     network: FeatureNetwork
     made: tuple[nn.Module, ...]
     shared: Mapping[str, Place]
     resized: Mapping[str, tuple[Place, Callable[[Tensor], Tensor]]]
+    blocks: tuple[tuple[ResidualBlock, ResidualBlock], ...]
 
     def run(self, x: Tensor, *, training: bool) -> list[Tensor]:
         """Map images of this size to maps."""
         for module in self.made:
             module.training = training
+        for block, original in self.blocks:
+            block.drop_path = original.drop_path
         tensors = {name: place.tensor for name, place in self.shared.items()}
         for name, (place, resize) in self.resized.items():
             tensors[name] = resize(place.tensor)
@@ -130,13 +135,20 @@ class DynamicFeatureNetwork(FeatureNetwork):
                 )
         self._move_derived(made)
         resized = {name: (places[name], resize[name]) for name in places if name in resize}
-        return Resized(network, made, shared, resized)
+        return Resized(network, made, shared, resized, tuple(self._blocks(network)))
 
     def _counterpart(self, name: str) -> nn.Module:
         try:
             return self.get_submodule(name)
         except AttributeError as error:
             raise self._changed(name) from error
+
+    def _blocks(self, network: FeatureNetwork) -> Iterator[tuple[ResidualBlock, ResidualBlock]]:
+        for name, module in network.named_modules():
+            if isinstance(module, ResidualBlock):
+                original = self._counterpart(name)
+                if isinstance(original, ResidualBlock):
+                    yield module, original
 
     def _place(self, name: str) -> Place:
         path, _, tensor = name.rpartition(".")

@@ -17,7 +17,14 @@ from slimnas.arch import efficientformer as specs
 from slimnas.arch.documents import Spec
 from slimnas.arch.walk import Component
 from slimnas.errors import InputSizeError
-from slimnas.nn.layers import LayerScale, frozen, initialised, into_layer, with_norm
+from slimnas.nn.layers import (
+    LayerScale,
+    ResidualBlock,
+    frozen,
+    initialised,
+    into_layer,
+    with_norm,
+)
 from slimnas.nn.layout import Layout, is_tracing, to_tokens
 from slimnas.nn.makers import Maker
 
@@ -123,7 +130,7 @@ class ConvFFN(nn.Module):
         self.fc2, self.norm2 = with_norm(self.fc2, self.norm2)
 
 
-class MB4D(nn.Module):
+class MB4D(ResidualBlock):
     """Pool mixer and convolutional FFN, both residual with layer scale, on maps (B, C, H, W).
 
     Args:
@@ -146,8 +153,8 @@ class MB4D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        x = x + self.ls1(self.token_mixer(x))
-        out: Tensor = x + self.ls2(self.mlp(x))
+        x = x + self.kept(self.ls1(self.token_mixer(x)))
+        out: Tensor = x + self.kept(self.ls2(self.mlp(x)))
         return out
 
     def fold_(self) -> None:
@@ -236,7 +243,7 @@ class FFN(nn.Module):
         return out
 
 
-class MB3D(nn.Module):
+class MB3D(ResidualBlock):
     """Attention and FFN, both pre-norm and residual with layer scale, on tokens (B, N, C).
 
     Args:
@@ -278,8 +285,8 @@ class MB3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to the same shape."""
-        x = x + self.ls1(self.token_mixer(self.norm1(x)))
-        out: Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.kept(self.ls1(self.token_mixer(self.norm1(x))))
+        out: Tensor = x + self.kept(self.ls2(self.mlp(self.norm2(x))))
         return out
 
     def fold_(self) -> None:

@@ -27,6 +27,7 @@ from slimnas.nn.layers import (
     BATCH_NORM_EPS,
     ConvNorm,
     LayerScale,
+    ResidualBlock,
     frozen,
     initialised,
     into_layer,
@@ -300,7 +301,7 @@ class DepthwiseFFN(nn.Module):
         return out
 
 
-class V2FFN(nn.Module):
+class V2FFN(ResidualBlock):
     """The FFN, residual with layer scale, on maps (B, C, H, W) of any size.
 
     Args:
@@ -319,7 +320,7 @@ class V2FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        return _add_scaled(x, self.ls2, self.mlp(x))
+        return _add_scaled(x, self.ls2, self.kept(self.mlp(x)))
 
     def fold_(self) -> None:
         """Fold the layer scale, which needs the last BatchNorm folded before."""
@@ -349,7 +350,7 @@ class V2Attention(V2FFN):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        return super().forward(_add_scaled(x, self.ls1, self.token_mixer(x)))
+        return super().forward(_add_scaled(x, self.ls1, self.kept(self.token_mixer(x))))
 
     def fold_(self) -> None:
         """Fold both layer scales, which needs the last BatchNorms folded before."""

@@ -23,7 +23,7 @@ from slimnas.arch.documents import Spec
 from slimnas.arch.walk import Component
 from slimnas.errors import InputSizeError
 from slimnas.nn.efficientformer import offset_index
-from slimnas.nn.layers import BATCH_NORM_EPS, ConvNorm, frozen, initialised
+from slimnas.nn.layers import BATCH_NORM_EPS, ConvNorm, ResidualBlock, frozen, initialised
 from slimnas.nn.layout import Layout, is_tracing
 from slimnas.nn.makers import Maker
 
@@ -177,7 +177,7 @@ class CascadedGroupAttention(nn.Module):
         self.pair_biases = self.bias().detach()
 
 
-class InteractionFFN(nn.Module):
+class InteractionFFN(ResidualBlock):
     """Depthwise 3x3 convolution, then FFN, each with BN and residual, on maps (B, C, H, W).
 
     Args:
@@ -201,8 +201,8 @@ class InteractionFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        x = x + self.dw(x) if self.residual else self.dw(x)
-        out: Tensor = x + self.pw2(self.act(self.pw1(x)))
+        x = x + self.kept(self.dw(x)) if self.residual else self.dw(x)
+        out: Tensor = x + self.kept(self.pw2(self.act(self.pw1(x))))
         return out
 
     def fold_(self) -> None:
@@ -216,7 +216,7 @@ class InteractionFFN(nn.Module):
         self.residual = False
 
 
-class EfficientViTBlock(nn.Module):
+class EfficientViTBlock(ResidualBlock):
     """FFNs, cascaded group attention and FFNs, all residual, on maps (B, C, H, W).
 
     Args:
@@ -243,7 +243,7 @@ class EfficientViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
         x = self.before(x)
-        out: Tensor = self.after(x + self.mixer(x))
+        out: Tensor = self.after(x + self.kept(self.mixer(x)))
         return out
 
 

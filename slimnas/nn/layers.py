@@ -37,6 +37,29 @@ class LayerScale(nn.Module):
         return x * self.gamma.view(self.shape)
 
 
+class ResidualBlock(nn.Module):
+    """A block whose residual branches may be dropped in training, image by image.
+
+    Stochastic depth (Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016), with what is
+    kept scaled so that evaluation, which drops nothing, sees the mean. It is no module and has no
+    tensors: nothing of it is in weights, folded networks and exported files.
+
+    Attributes:
+        drop_path: share of the images whose branch is dropped, below 1; each branch draws anew.
+            `slimnas.nn.regularisation.set_drop_path` sets it.
+    """
+
+    drop_path: float = 0.0
+
+    def kept(self, branch: Tensor) -> Tensor:
+        """A branch's output (B, ...) as it is added: of dropped images zero."""
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        keep = 1.0 - self.drop_path
+        mask = branch.new_empty((branch.shape[0],) + (1,) * (branch.dim() - 1))
+        return branch * mask.bernoulli_(keep).div_(keep)
+
+
 class ConvNorm(nn.Module):
     """Convolution and BatchNorm on a map (B, C, H, W).
 

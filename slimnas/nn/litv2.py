@@ -25,7 +25,13 @@ from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.walk import Component
 from slimnas.errors import InputSizeError
 from slimnas.nn.efficientformer import FFN
-from slimnas.nn.layers import BATCH_NORM_EPS, LINEAR_INIT_STD, initialised, with_norm
+from slimnas.nn.layers import (
+    BATCH_NORM_EPS,
+    LINEAR_INIT_STD,
+    ResidualBlock,
+    initialised,
+    with_norm,
+)
 from slimnas.nn.layout import Layout, is_tracing, to_map, to_tokens
 from slimnas.nn.makers import Maker
 
@@ -229,7 +235,7 @@ class ConvFFN(nn.Module):
         return out.reshape(-1, self.shape.channels, self.shape.positions).transpose(1, 2)
 
 
-class ConvFFNBlock(nn.Module):
+class ConvFFNBlock(ResidualBlock):
     """`ConvFFN`, pre-norm and residual, on tokens (B, N, C).
 
     Args:
@@ -249,11 +255,11 @@ class ConvFFNBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to the same shape."""
-        out: Tensor = x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.kept(self.mlp(self.norm2(x)))
         return out
 
 
-class HiLoBlock(nn.Module):
+class HiLoBlock(ResidualBlock):
     """HiLo attention and FFN, both pre-norm and residual, on tokens (B, N, C).
 
     Args:
@@ -277,8 +283,8 @@ class HiLoBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to the same shape."""
-        x = x + self.attn(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.kept(self.attn(self.norm1(x)))
+        out: Tensor = x + self.kept(self.mlp(self.norm2(x)))
         return out
 
 

@@ -27,7 +27,7 @@ from slimnas.errors import InputSizeError
 from slimnas.nn.efficientformer import FFN, PoolMixer
 from slimnas.nn.efficientformerv2 import Heads, V2TokenMixer
 from slimnas.nn.efficientvit import CascadedGroupAttention
-from slimnas.nn.layers import initialised
+from slimnas.nn.layers import ResidualBlock, initialised
 from slimnas.nn.layout import Layout, is_tracing, to_map, to_tokens
 from slimnas.nn.litv2 import ConvFFN
 from slimnas.nn.makers import Maker
@@ -233,7 +233,7 @@ class PooledReduction(nn.Module):
         return out
 
 
-class TokenBlock(nn.Module):
+class TokenBlock(ResidualBlock):
     """A mixer and an FFN, both pre-norm and residual, on tokens (B, N, C).
 
     Args:
@@ -257,8 +257,8 @@ class TokenBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to the same shape."""
-        x = x + self.mixer(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.kept(self.mixer(self.norm1(x)))
+        out: Tensor = x + self.kept(self.mlp(self.norm2(x)))
         return out
 
 

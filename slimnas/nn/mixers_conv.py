@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from slimnas.nn.layers import BATCH_NORM_EPS, frozen, initialised
+from slimnas.nn.layers import BATCH_NORM_EPS, ResidualBlock, frozen, initialised
 from slimnas.nn.layout import Layout
 
 
@@ -74,7 +74,7 @@ class MapFFN(nn.Module):
         return out
 
 
-class MapBlock(nn.Module):
+class MapBlock(ResidualBlock):
     """A mixer and an FFN, both residual, on maps (B, C, H, W), BatchNorm before them.
 
     Args:
@@ -103,8 +103,8 @@ class MapBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to the same shape."""
-        x = x + self.mixer(self.norm1(x))
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.kept(self.mixer(self.norm1(x)))
+        out: Tensor = x + self.kept(self.mlp(self.norm2(x)))
         return out
 
     def fold_(self) -> None:

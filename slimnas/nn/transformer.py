@@ -7,10 +7,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from slimnas.nn.efficientformer import FFN
+from slimnas.nn.layers import ResidualBlock
 from slimnas.nn.layout import Layout
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(ResidualBlock):
     """Attention and FFN, both pre-norm and residual, on tokens (B, N, C).
 
     A sub-layer that is not there has no LayerNorm and no parameters.
@@ -38,7 +39,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, N, C) to the same shape."""
         if self.norm1 is not None and self.attn is not None:
-            x = x + self.attn(self.norm1(x))
+            x = x + self.kept(self.attn(self.norm1(x)))
         if self.norm2 is not None and self.mlp is not None:
-            x = x + self.mlp(self.norm2(x))
+            x = x + self.kept(self.mlp(self.norm2(x)))
         return x
