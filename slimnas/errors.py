@@ -38,6 +38,10 @@ class WeightsError(SlimnasError):
     """Raised when weights or a checkpoint are unreadable or do not fit the architecture."""
 
 
+class TrainingError(SlimnasError):
+    """Raised when training cannot start or go on: memory, processes, or batches that do not fit."""
+
+
 class UnsupportedModuleError(SlimnasError):
     """Raised when a foreign network has a module that no slimnas architecture describes."""
 

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slimnas.data.batches import ImageSet, MemoryPixels, Split
-from slimnas.errors import RuntimeUnavailableError, SlimnasError, WeightsError
+from slimnas.errors import RuntimeUnavailableError, SlimnasError, TrainingError, WeightsError
 from slimnas.nn.tensorfiles import save_tensors
 from slimnas.train import loop
 from slimnas.train.checkpoint import TrainState, load_state, save_state
+from slimnas.train.clipping import clip_adaptively, clip_gradients
 from slimnas.train.evaluate import top1_percent
 from slimnas.train.loop import (
+    Loss,
     StepReport,
     TrainTask,
     Watch,
@@ -65,7 +67,7 @@ def task(
     torch.manual_seed(1)
     model = Small()
 
-    def loss(images: Tensor, labels: Tensor, step: int) -> Tensor:
+    def loss(model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
         return cross_entropy(model(images, branch(step)), labels)
 
     groups = decay_groups(dict(model.named_parameters()), recipe)
@@ -77,7 +79,7 @@ def one_step(given: TrainTask, state: TrainState, step: int) -> float:
     images, labels = list(
         given.images.batches(4, device="cpu", seed=5, epoch=epoch, augment=given.recipe.augment)
     )[batch]
-    return train_step(given, state, CPU, images, labels)
+    return train_step(given, state, CPU, images, labels)[0]
 
 
 def everything(state: TrainState) -> dict[str, Tensor]:
@@ -347,7 +349,7 @@ def test_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     save_tensors(path, {"a": torch.zeros(2)}, {})
     refused(path, "schema: must be")
     other = nn.Linear(2, 2)
-    state = TrainState(other, nn.Linear(2, 2), torch.optim.AdamW(other.parameters()))
+    state = TrainState(other, nn.Linear(2, 2), torch.optim.AdamW(other.parameters()), other)
     save_state(path, state, "me")
     refused(path, "does not fit this run")
 
@@ -364,13 +366,191 @@ def test_loss_that_is_not_finite_names_the_step(value: float) -> None:
     given = task()
     normal = given.loss
 
-    def loss(images: Tensor, labels: Tensor, step: int) -> Tensor:
-        return normal(images, labels, step) * (value if step == 2 else 1.0)
+    def loss(model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        return normal(model, images, labels, step) * (value if step == 2 else 1.0)
 
     broken = TrainTask(given.model, given.groups, loss, given.images, given.recipe, given.seed)
     with pytest.raises(WeightsError, match="at step 2; lower the learning rate"):
         fit(broken, CPU)
     assert all(bool(p.isfinite().all()) for p in given.model.parameters())
+
+
+def test_loss_that_is_not_finite_names_the_last_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    path = tmp_path / "state.safetensors"
+    given = task()
+    normal = given.loss
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        return normal(model, images, labels, step) * (math.nan if step == 2 else 1.0)
+
+    broken = TrainTask(given.model, given.groups, loss, given.images, given.recipe, given.seed)
+    with pytest.raises(WeightsError, match=f"the last good state, of step 2, is in {path}"):
+        fit(broken, CPU, checkpoint=path)
+    resumed = start(task(), CPU)
+    load_state(path, resumed, "")
+    assert resumed.step == 2
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_says_what_to_lower(error: RuntimeError) -> None:
+    given = task()
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        raise error
+
+    broken = TrainTask(given.model, given.groups, loss, given.images, given.recipe, given.seed)
+    with pytest.raises(TrainingError, match=r"out of memory with batches of 4 .*--batch-size"):
+        fit(broken, CPU)
+
+
+def test_other_runtime_errors_are_not_memory() -> None:
+    given = task()
+
+    def loss(model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
+        raise RuntimeError("something else")
+
+    broken = TrainTask(given.model, given.groups, loss, given.images, given.recipe, given.seed)
+    with pytest.raises(RuntimeError, match="something else"):
+        fit(broken, CPU)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
+    """The loss of unequal parts is the mean over the images."""
+    recipe = RECIPE.model_copy(update={"clip": "none"})
+    norms = {}
+    for accumulation in (1, 3):
+        given = task(recipe.model_copy(update={"accumulation": accumulation}))
+        given.model.norm.eval()  # type: ignore[union-attr]
+        normal = given.loss
+
+        def loss(
+            model: nn.Module, x: Tensor, y: Tensor, step: int, normal: Loss = normal
+        ) -> Tensor:
+            model.norm.eval()  # type: ignore[union-attr]
+            return normal(model, x, y, step)
+
+        fixed = TrainTask(given.model, given.groups, loss, given.images, given.recipe, 5)
+        state = start(fixed, CPU)
+        images, labels = next(given.images.batches(4, device="cpu", seed=5, epoch=0, augment=False))
+        value, norm = train_step(fixed, state, CPU, images, labels)
+        gradients = torch.cat(
+            [p.grad.flatten() for p in given.model.parameters() if p.grad is not None]
+        )
+        assert norm == pytest.approx(float(gradients.norm()), rel=1e-6)
+        norms[accumulation] = (value, gradients)
+    assert norms[1][0] == pytest.approx(norms[3][0], rel=1e-6)
+    torch.testing.assert_close(norms[1][1], norms[3][1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"batch_size": 4, "accumulation": 3}, r"multiple of 3 \(1 processes x accumulation 3\)"),
+        ({"batch_size": 20, "accumulation": 2}, "at most the 17 images of TRAIN, got 20"),
+    ],
+)
+def test_batches_that_do_not_divide(recipe: dict[str, int], message: str) -> None:
+    with pytest.raises(TrainingError, match=f"batch_size: must be .*{message}"):
+        fit(task(TrainRecipe(epochs=1, **recipe)), CPU)
+
+
+class Dropping(Small):
+    """Draws from torch's generator in every step."""
+
+    def forward(self, images: Tensor, branch: int) -> Tensor:
+        return super().forward(nn.functional.dropout(images, 0.5, self.training), branch)
+
+
+def dropping_task() -> TrainTask:
+    given = task()
+    model = Dropping()
+    model.load_state_dict(given.model.state_dict())
+    groups = decay_groups(dict(model.named_parameters()), RECIPE)
+    return TrainTask(model, groups, given.loss, given.images, RECIPE, seed=5)
+
+
+def test_what_modules_draw_follows_from_the_step(tmp_path: Path) -> None:
+    given = dropping_task()
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    uninterrupted = fit(given, CPU).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    plain = fit(task(), CPU).state_dict()
+    assert any(not torch.equal(plain[name], uninterrupted[name]) for name in plain)
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        fit(dropping_task(), CPU, checkpoint=path, identity="x", watch=ctrl_c_at(5))
+    resumed = fit(dropping_task(), CPU, checkpoint=path, identity="x").state_dict()
+    assert_equal(uninterrupted, resumed)
+
+
+@pytest.mark.parametrize("factor", [0.02, 0.5])
+def test_adaptive_clipping_is_timms(factor: float) -> None:
+    from timm.utils.agc import adaptive_clip_grad
+
+    torch.manual_seed(0)
+    shapes = [(6, 3, 3, 3), (5, 4), (7,), (), (4, 1, 3, 3)]
+    mine = [nn.Parameter(torch.randn(shape) * 0.1) for shape in shapes]
+    for parameter in mine:
+        parameter.grad = torch.randn_like(parameter) * torch.rand(()).mul(0.2)
+    mine.append(nn.Parameter(torch.zeros(3, 2)))  # weights below the least norm
+    mine[-1].grad = torch.ones(3, 2)
+    mine.append(nn.Parameter(torch.ones(2)))  # no gradient
+    theirs = [nn.Parameter(p.detach().clone()) for p in mine]
+    for a, b in zip(mine, theirs, strict=True):
+        b.grad = None if a.grad is None else a.grad.clone()
+    clip_adaptively(mine, factor)
+    adaptive_clip_grad(theirs, factor)
+    changed = 0
+    for a, b in zip(mine, theirs, strict=True):
+        if a.grad is None:
+            assert b.grad is None
+            continue
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad)
+        changed += 1
+    assert changed == 6
+
+
+def test_adaptive_clipping_leaves_the_classifier_alone() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 3)})
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 10.0)
+    norm = clip_gradients(model, TrainRecipe(clip="agc", clip_norm=0.02))
+    assert norm == pytest.approx(10.0 * 24**0.5)
+    assert float(model["head"].weight.grad.max()) == 10.0  # type: ignore[union-attr]
+    assert float(model["body"].weight.grad.abs().max()) < 0.1  # type: ignore[union-attr]
+
+
+def test_warm_up_in_epochs_and_cool_down() -> None:
+    recipe = TrainRecipe(
+        epochs=10, lr=1.0, min_lr=0.01, warmup_epochs=2, warmup_lr=0.001, cooldown_epochs=3
+    )
+    rates = [learning_rate_scale(recipe, step, 40) for step in range(40)]
+    assert rates[:8] == pytest.approx([0.001 + 0.999 * (step + 1) / 9 for step in range(8)])
+    assert rates[8] == pytest.approx(1.0)
+    falling = [0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
+    assert rates[8:28] == pytest.approx(falling)
+    assert rates[28:] == pytest.approx([0.01] * 12)
+
+
+def test_reports_say_what_happened(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[StepReport] = []
+    epochs: list[StepReport] = []
+    fit(task(), CPU, watch=Watch(steps.append, lambda model, report: epochs.append(report)))
+    assert [report.step for report in epochs] == [4, 8, 12]
+    for i, report in enumerate(epochs):
+        of_epoch = steps[4 * i : 4 * i + 4]
+        assert report.loss == pytest.approx(sum(one.loss for one in of_epoch) / 4)
+        assert report.grad_norm == pytest.approx(sum(one.grad_norm for one in of_epoch) / 4)
+        assert report.lr == of_epoch[-1].lr
+    assert all(0.0 <= report.wait_share <= 1.0 for report in steps)
+    assert steps[5].lr == pytest.approx(RECIPE.lr * learning_rate_scale(RECIPE, 5, 12))
 
 
 def test_unknown_training_device_is_refused() -> None:

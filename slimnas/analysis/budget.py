@@ -13,13 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.documents import parse_spec
 from slimnas.data.splits import DataSplits
 from slimnas.nn.build import Network, build
+from slimnas.nn.regularisation import set_layer_scale
 from slimnas.train.evaluate import top1_percent
 from slimnas.train.loop import StepReport, TrainTask, Watch, decay_groups, fit
 from slimnas.train.recipe import TrainRecipe
@@ -78,6 +79,7 @@ class TrainingBudget:
         folder: of the state of a training that is under way.
         threads: of torch on a CPU; timing before may have left it at fewer.
         on_step: called after every step.
+        layer_scale: where every layer scale starts; None for where its block puts it.
     """
 
     data: DataSplits
@@ -87,6 +89,7 @@ class TrainingBudget:
     folder: Path
     threads: int
     on_step: Callable[[StepReport], None] = lambda report: None
+    layer_scale: float | None = None
 
     def settings(self) -> dict[str, Any]:
         """Everything a result depends on but network and seed, as plain data."""
@@ -94,6 +97,7 @@ class TrainingBudget:
             "recipe": self.recipe.model_dump(mode="json"),
             "data_digest": self.data.digest,
             "resolution": self.resolution,
+            "layer_scale": self.layer_scale,
         }
 
     def adapted(self, architecture: Architecture) -> Architecture:
@@ -120,9 +124,11 @@ class TrainingBudget:
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
         network = build(self.adapted(architecture), seed=seed)
+        if self.layer_scale is not None:
+            set_layer_scale(network, self.layer_scale)
 
-        def loss(images: Tensor, labels: Tensor, step: int) -> Tensor:
-            logits = network(images)
+        def loss(model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
+            logits = model(images)
             given = logits if isinstance(logits, tuple) else (logits,)
             smoothing = self.recipe.label_smoothing
             losses = [F.cross_entropy(one, labels, label_smoothing=smoothing) for one in given]

@@ -28,12 +28,14 @@ class TrainState:
         model: the module being trained.
         ema: a module of the same shape with the averaged weights.
         optimizer: its parameter groups hold the model's parameters.
+        runner: what a step calls: the model, or a wrapper of it; not saved.
         step: optimiser steps done.
     """
 
     model: nn.Module
     ema: nn.Module
     optimizer: torch.optim.Optimizer
+    runner: nn.Module
     step: int = 0
 
 

@@ -10,10 +10,14 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+def deferred_interrupt(*, patient: bool = False) -> Iterator[Callable[[], bool]]:
     """Note the first Ctrl-C (SIGINT) instead of raising `KeyboardInterrupt`; raise at a second.
 
     Only the main thread gets signals; elsewhere nothing changes.
+
+    Args:
+        patient: note a second one as well: launchers of several processes pass on a Ctrl-C that
+            the terminal has sent to all of them.
 
     Yields:
         A function that says whether there was one.
@@ -22,7 +26,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        if asked:
+        if asked and not patient:
             raise KeyboardInterrupt
         asked = True
 
