@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DATA = {
-    "search_spaces": ["*.yaml"],
+    "search_spaces": ["*.yaml", "records/*.yaml"],
     "lookup_tables": ["*/*.yaml", "*/*.csv", "NOTICE.md"],
     "kit_runners": ["*.py", "*.md"],
 }
@@ -25,6 +25,7 @@ INSIDE = {
     "slimnas/zoo/models": "*.yaml",
     "slimnas/report": "*.html.j2",
     "slimnas/prune": "*.yaml",
+    "slimnas/train/recipes": "*.yaml",
     "slimnas": "py.typed",
 }
 
