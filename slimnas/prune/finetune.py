@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from accelerate import Accelerator
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from slimnas.data.batches import ImageSet
 from slimnas.nn.build import Network
 from slimnas.nn.tensorfiles import tensors_digest
 from slimnas.train.evaluate import top1_percent
 from slimnas.train.loop import StepReport, TrainTask, Watch, decay_groups, fit
+from slimnas.train.losses import teacher_divergence
 from slimnas.train.recipe import Positive, Share, TrainRecipe
 
 EVAL_BATCH = 100
@@ -89,10 +90,10 @@ def finetune(
         sort_keys=True,
     )
 
-    def loss(pixels: Tensor, labels: Tensor, step: int) -> Tensor:
+    def loss(model: nn.Module, pixels: Tensor, labels: Tensor, step: int) -> Tensor:
         with torch.no_grad():
             target = guide(pixels)
-        return distillation_loss(student(pixels), target, labels, recipe)
+        return distillation_loss(model(pixels), target, labels, recipe)
 
     return _fit(
         TrainTask(student, _groups(student, recipe), loss, images, recipe, seed),
@@ -120,18 +121,7 @@ def distillation_loss(
     """
     given = logits if isinstance(logits, tuple) else (logits,)
     by_labels = F.cross_entropy(given[0], labels, label_smoothing=recipe.label_smoothing)
-    soft = F.log_softmax(target.float() / recipe.temperature, dim=1)
-    by_teacher = torch.stack(
-        [
-            F.kl_div(
-                F.log_softmax(mine.float() / recipe.temperature, dim=1),
-                soft,
-                reduction="batchmean",
-                log_target=True,
-            )
-            for mine in given
-        ]
-    ).mean()
+    by_teacher = teacher_divergence(given, target, recipe.temperature)
     weight = recipe.distillation
     return (1.0 - weight) * by_labels + weight * recipe.temperature**2 * by_teacher
 
@@ -153,8 +143,8 @@ def train_on_labels(
         WeightsError: the checkpoint is another run's, or the loss is no longer finite.
     """
 
-    def loss(pixels: Tensor, labels: Tensor, step: int) -> Tensor:
-        logits = network(pixels)
+    def loss(model: nn.Module, pixels: Tensor, labels: Tensor, step: int) -> Tensor:
+        logits = model(pixels)
         given = logits if isinstance(logits, tuple) else (logits,)
         losses = [F.cross_entropy(x, labels, label_smoothing=recipe.label_smoothing) for x in given]
         return torch.stack(losses).mean()
