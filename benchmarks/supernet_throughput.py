@@ -7,7 +7,8 @@ the toolkit's own loop, on the same images and threads. Speed: all modes in one 
 turns in rounds, so that a machine that slows down slows all of them; ratios are formed within a
 round. Memory: each mode alone in a fresh process.
 
-Modes, for the largest network with 0 and with N MB3D blocks (--attention):
+Modes, for the largest network with 0 and with N MB3D blocks (--attention; by default as many as
+the space allows, which is its network of most parameters and MACs):
 
     plain_0, plain_N                    the plain network
     sampled_as_plain_0, ..._N           the supernet, alphas so large that every step takes
@@ -49,7 +50,7 @@ from slimnas.arch.space import SearchSpace, Selection
 from slimnas.data.batches import ImageSet, MemoryPixels, Split
 from slimnas.measure.machine import load_average, this_machine
 from slimnas.nn.build import build
-from slimnas.supernet.supernet import Supernet
+from slimnas.supernet.supernet import Supernet, mean_logits
 from slimnas.supernet.train import SupernetRecipe, supernet_task
 from slimnas.train.checkpoint import TrainState
 from slimnas.train.loop import TrainTask, accelerator_for, decay_groups, start, train_step
@@ -57,6 +58,8 @@ from slimnas.train.loop import TrainTask, accelerator_for, decay_groups, start, 
 HERE = Path(__file__).resolve().parent
 CERTAIN = 60.0
 """Alpha of a choice that is taken always: the noise reaches 37 with probability 1e-16."""
+LEAST_SPEED, MOST_MEMORY = 0.9, 1.15
+"""Asked of the sampled supernet, as shares of the plain largest network's."""
 MIB = 1 << 20
 
 
@@ -101,7 +104,7 @@ class Bench:
         pairs = [(f"plain_{n}", f"sampled_as_plain_{n}") for n in counts]
         return [*(name for pair in pairs for name in pair), "sampled", "soft"]
 
-    def runner(self, mode: str) -> tuple[TrainState, Callable[[], float]]:
+    def runner(self, mode: str) -> tuple[TrainState, Callable[[], object]]:
         """The state of a run in `mode`, and what does one step of it."""
         task = self._task(mode)
         state = start(task, self.accelerator)
@@ -119,7 +122,7 @@ class Bench:
             architecture = self.space.architecture(selection)
             network = build(architecture.with_resolution(self.settings.resolution))
             groups = decay_groups(dict(network.named_parameters()), recipe)
-            return TrainTask(network, groups, plain_loss(network), self.set, recipe, 0)
+            return TrainTask(network, groups, plain_loss, self.set, recipe, 0)
         supernet = Supernet(self.space, resolution=self.settings.resolution, seed=0)
         if mode.startswith("sampled_as_plain_"):
             force(supernet, self.space.largest(int(mode.rpartition("_")[2])))
@@ -133,16 +136,9 @@ class Bench:
             torch.mps.synchronize()
 
 
-def plain_loss(network: nn.Module) -> Callable[[Tensor, Tensor, int], Tensor]:
+def plain_loss(model: nn.Module, images: Tensor, labels: Tensor, step: int) -> Tensor:
     """The loss the supernet has too."""
-
-    def loss(images: Tensor, labels: Tensor, step: int) -> Tensor:
-        logits = network(images)
-        if isinstance(logits, tuple):
-            logits = (logits[0] + logits[1]) / 2
-        return cross_entropy(logits, labels, label_smoothing=0.1)
-
-    return loss
+    return cross_entropy(mean_logits(model(images)), labels, label_smoothing=0.1)
 
 
 def force(supernet: Supernet, selection: Selection) -> None:
@@ -282,6 +278,17 @@ def _spread(values: dict[str, float], digits: int) -> str:
     return f"{median} [{low}, {high}]"
 
 
+def verdict(result: dict[str, Any]) -> dict[str, dict[str, float | bool]]:
+    """What is asked of the sampled supernet beside the plain largest network, and what it does."""
+    modes, base = result["modes"], f"plain_{result['settings']['attention']}"
+    speed = modes["sampled"]["ratio"][base]["median"]
+    peak = modes["sampled"]["peak_mib"] / modes[base]["peak_mib"]
+    return {
+        "images_per_s_ratio": {"wanted": LEAST_SPEED, "got": speed, "met": speed >= LEAST_SPEED},
+        "peak_memory_ratio": {"wanted": MOST_MEMORY, "got": peak, "met": peak <= MOST_MEMORY},
+    }
+
+
 def summary(result: dict[str, Any]) -> str:
     """One line for RESULTS.md."""
     settings, modes = result["settings"], result["modes"]
@@ -298,7 +305,8 @@ def summary(result: dict[str, Any]) -> str:
         f"| {settings['space']}, {settings['resolution']} px, batch {settings['batch']}, "
         f"{settings['rounds']} rounds of {settings['steps']} steps "
         f"| images/s over plain_{count}'s, median [quartiles]: same path {_spread(same, 2)}, "
-        f"sampled {_spread(free, 2)}, soft {_spread(soft, 2)}; peak MiB: {peaks} |"
+        f"sampled {_spread(free, 2)}, soft {_spread(soft, 2)}; peak MiB: {peaks} ("
+        f"sampled {result['sampled_beside_largest']['peak_memory_ratio']['got']:.2f} times plain) |"
     )
 
 
@@ -310,7 +318,7 @@ def parse() -> tuple[Settings, Path, str | None]:
     parser.add_argument("--space", default="efficientformer_tiny", help="name or .yaml file")
     parser.add_argument("--resolution", type=int, help="pixels; default: the space's proxy")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--attention", type=int, default=4, help="MB3D blocks of plain_N")
+    parser.add_argument("--attention", type=int, help="MB3D blocks of plain_N; default: all it can")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -322,8 +330,11 @@ def parse() -> tuple[Settings, Path, str | None]:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     given = vars(parser.parse_args())
     output, mode = given.pop("output"), given.pop("memory_of")
+    space = SearchSpace.load(given["space"])
     if given["resolution"] is None:
-        given["resolution"] = SearchSpace.load(given["space"]).supernet.resolution
+        given["resolution"] = space.supernet.resolution
+    if given["attention"] is None:
+        given["attention"] = space.attention_counts()[-1]
     return Settings(**given), output, mode
 
 
@@ -336,6 +347,7 @@ def main() -> None:
     bench = Bench(settings)
     memory = {mode: memory_in_fresh_process(settings, mode) for mode in bench.modes()}
     result = report(bench, measure_speed(bench), memory)
+    result["sampled_beside_largest"] = verdict(result)
     name = "supernet_throughput" + ("" if settings.device == "cpu" else f"_{settings.device}")
     atomic_write_text(output / "results" / f"{name}.json", json.dumps(result, indent=1) + "\n")
     results = output / "RESULTS.md"

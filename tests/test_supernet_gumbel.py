@@ -158,24 +158,37 @@ def test_soft_alpha_gradient_is_the_finite_difference(noise: str, training: bool
 
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("seed", range(3))
-def test_sampled_alpha_gradient_is_output_times_its_gradient(noise: str, seed: int) -> None:
+@pytest.mark.parametrize("gradient", ["output", "change"])
+def test_sampled_alpha_gradient_is_output_times_its_gradient(
+    noise: str, seed: int, gradient: str
+) -> None:
+    """Or, with `change`, what the choice adds to its input times the gradient."""
     supernet = micro_supernet().double()
     batch, labels, tau = images(dtype=torch.float64), torch.tensor([1, 0, 2]), 0.8
     routes = supernet.draw_routes(
-        tau, mixing="sampled", noise=noise, generator=torch.Generator().manual_seed(seed)
+        tau,
+        mixing="sampled",
+        noise=noise,
+        generator=torch.Generator().manual_seed(seed),
+        gradient=gradient,
     )
     cross_entropy(supernet(batch, routes), labels).backward()
     assert all(route.index is not None for route in routes)
 
     # The same path without gates, watched at the output of each slot.
     outputs: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     for path in supernet.meta_paths():
-        path.register_forward_hook(lambda _m, _i, out: outputs.append(out))
+        path.register_forward_hook(lambda _m, given, out: outputs.append(out))
+        path.register_forward_hook(lambda _m, given, out: inputs.append(given[0]))
     bare = [type(route)(route.index, None) for route in routes]
     gradients = torch.autograd.grad(cross_entropy(supernet(batch, bare), labels), outputs)
+    of_change = gradient == "change"
 
     generator = torch.Generator().manual_seed(seed)
-    for path, route, y, dy in zip(supernet.meta_paths(), routes, outputs, gradients, strict=True):
+    for path, route, x, y, dy in zip(
+        supernet.meta_paths(), routes, inputs, outputs, gradients, strict=True
+    ):
         alpha = path.alpha.detach().numpy()
         drawn = numpy_noise(len(alpha), noise, generator)
         if noise == "uniform":
@@ -187,7 +200,12 @@ def test_sampled_alpha_gradient_is_output_times_its_gradient(noise: str, seed: i
         chosen = route.index
         assert chosen is not None
         jacobian = w[chosen] * ((np.arange(len(w)) == chosen) - w) / tau
-        expected = (dy * y).sum().item() * jacobian
+        if of_change and path.choices[chosen] == IDENTITY:
+            assert path.alpha.grad is None
+            continue
+        y, dy = (as_layout(tensor, "map", path.shape) for tensor in (y, dy))
+        passed = as_layout(x, "map", path.shape) if of_change else torch.zeros(())
+        expected = (dy * (y - passed)).sum().item() * jacobian
         assert path.alpha.grad is not None
         np.testing.assert_allclose(path.alpha.grad.numpy(), expected, rtol=1e-4, atol=1e-9)
 

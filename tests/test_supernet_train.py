@@ -183,7 +183,7 @@ def test_loss_of_a_step_is_that_of_its_routes() -> None:
         generator = route_generator(6, step)
         routes = supernet.draw_routes(tau, mixing="sampled", noise="gumbel", generator=generator)
         want = cross_entropy(supernet(images, routes), labels, label_smoothing=0.1)
-        assert task.loss(images, labels, step).item() == want.item()
+        assert task.loss(supernet, images, labels, step).item() == want.item()
 
 
 def test_route_generator_depends_on_seed_and_step_alone() -> None:

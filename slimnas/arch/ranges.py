@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -83,6 +83,13 @@ class Limits(Spec):
 
 
 class SupernetProxy(Spec):
-    """What stands in for deployment while the supernet trains."""
+    """What stands in for deployment while the supernet trains, and how it is trained.
+
+    Attributes:
+        resolution: side of the training images, pixels.
+        recipe: settings of the training by name, checked where a supernet is trained; None for
+            the defaults.
+    """
 
     resolution: Count = 224
+    recipe: dict[str, Any] | None = None

@@ -177,6 +177,11 @@ class SearchSpace(Spec):
         head = self.head.model_copy(update={"classes": classes})
         return self.model_copy(update={"head": head})
 
+    def without_recipe(self) -> SearchSpace:
+        """The same space, with nothing said about how its supernet is trained."""
+        supernet = self.supernet.model_copy(update={"recipe": None})
+        return self.model_copy(update={"supernet": supernet})
+
     def fault(self, selection: Selection) -> str | None:
         """Say why `selection` is not in the space, or None when it is."""
         if not len(selection.widths) == len(selection.paths) == len(self.stages):

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from slimnas.cli.processes import is_main_process
+
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
@@ -18,8 +20,9 @@ def print_json(body: Mapping[str, Any]) -> None:
 
 
 def note(message: str) -> None:
-    """Print a line for people on stderr."""
-    typer.echo(message, err=True)
+    """Print a line for people on stderr, of several processes once."""
+    if is_main_process():
+        typer.echo(message, err=True)
 
 
 def shown_path(path: Path) -> str:

@@ -90,7 +90,7 @@ class SpaceScope:
     @property
     def identity(self) -> Mapping[str, Any]:
         """See `Scope`."""
-        return {"scope": {"space": self.space.to_yaml()}}
+        return {"scope": {"space": self.space.without_recipe().to_yaml()}}
 
     @cached_property
     def neighbours(self) -> Mapping[tuple[int, int], Component]:

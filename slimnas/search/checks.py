@@ -55,8 +55,8 @@ def pricer(space: SearchSpace, table: LatencyTable) -> Price:
 
 
 def space_digest(space: SearchSpace) -> str:
-    """SHA-256 (hex) of a space's content."""
-    return hashlib.sha256(space.to_yaml().encode()).hexdigest()
+    """SHA-256 (hex) of a space's content, however its supernet is trained."""
+    return hashlib.sha256(space.without_recipe().to_yaml().encode()).hexdigest()
 
 
 def table_digest(table: LatencyTable) -> str:
@@ -98,7 +98,7 @@ def require_fitting(
             f"{source}: trained for {given.space.head.classes} classes, the data has "
             f"{space.head.classes}; give the data it was trained on"
         )
-    if given.space.to_yaml() != space.to_yaml():
+    if space_digest(given.space) != space_digest(space):
         raise SpecError(
             f"{source}: trained for another content of space {given.space.name}, not this "
             f"{space.name}; give the --space it was trained on"

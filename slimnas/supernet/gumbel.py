@@ -9,6 +9,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,8 @@ from torch import Tensor
 
 Mixing = Literal["sampled", "soft"]
 Noise = Literal["gumbel", "uniform"]
+AlphaGradient = Literal["output", "change"]
+TauSchedule = Literal["exponential", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,19 @@ class Route:
         index: the one choice that runs, or None when all run.
         weights: (choices,) mixing weights; with an index, the relaxed probabilities that carry
             the gradient, or None when no gradient is wanted.
+        of_change: with an index, what a choice adds to its input carries the gradient, not its
+            whole output.
     """
 
     index: int | None
     weights: Tensor | None
+    of_change: bool = False
+
+    def without_gradient(self) -> Route:
+        """The same route, along which nothing is learnt about the choice."""
+        if self.index is not None:
+            return Route(self.index, None)
+        return Route(None, None if self.weights is None else self.weights.detach())
 
 
 def soft_weights(alpha: Tensor, tau: float, noise: Tensor) -> Tensor:
@@ -52,7 +64,13 @@ def draw_noise(size: int, noise: Noise, generator: torch.Generator) -> Tensor:
 
 
 def draw_route(
-    alpha: Tensor, tau: float, *, mixing: Mixing, noise: Noise, generator: torch.Generator
+    alpha: Tensor,
+    tau: float,
+    *,
+    mixing: Mixing,
+    noise: Noise,
+    generator: torch.Generator,
+    gradient: AlphaGradient = "output",
 ) -> Route:
     """Draw one MetaPath's route.
 
@@ -66,20 +84,32 @@ def draw_route(
         mixing: see above.
         noise: see `draw_noise`.
         generator: source of all randomness, on the CPU.
+        gradient: of a sampled choice, what its probability is taken to scale: its `output`
+            (GDAS), or the `change` it makes to its input. Every choice passes its input on, which
+            in the mixture of all has no part in the gradient, since the weights sum to 1; sampled
+            alone it has, as noise, and as a pull towards what is likely already.
     """
     drawn = draw_noise(alpha.numel(), noise, generator).to(alpha.device)
     if mixing == "soft":
         return Route(None, soft_weights(alpha, tau, drawn))
     if noise == "gumbel":
         logits = alpha / tau + drawn
-        return Route(int(logits.argmax()), torch.softmax(logits, dim=0))
+        return Route(int(logits.argmax()), torch.softmax(logits, dim=0), gradient == "change")
     weights = soft_weights(alpha, tau, drawn)
     index = torch.multinomial(weights.detach().cpu(), 1, generator=generator)
-    return Route(int(index), weights)
+    return Route(int(index), weights, gradient == "change")
 
 
-def temperature(progress: float, start: float, end: float) -> float:
-    """Temperature after a share `progress` (0 to 1) of training, annealed exponentially."""
+def temperature(
+    progress: float, start: float, end: float, schedule: TauSchedule = "exponential"
+) -> float:
+    """Temperature after a share `progress` (0 to 1) of training: by equal factors, by equal steps,
+    or along half a cosine.
+    """
+    if schedule == "linear":
+        return start + (end - start) * progress
+    if schedule == "cosine":
+        return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
     return float(start * (end / start) ** progress)
 
 
@@ -91,25 +121,29 @@ def mix(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:
     return total
 
 
-def straight_through(output: Tensor, weight: Tensor) -> Tensor:
+def straight_through(output: Tensor, weight: Tensor, passed: Tensor | None = None) -> Tensor:
     """`output` itself, with the gradient it would have as `output * weight` at weight 1.
 
-    The gradient of `weight` is <grad, output>. Costs neither a copy nor memory: the next layer
-    keeps `output` for its own gradient anyway.
+    The gradient of `weight` is <grad, output>; with `passed`, the part of the output that does
+    not depend on the choice, <grad, output - passed>. Costs neither a copy nor memory: the
+    neighbouring layers keep both for their own gradients anyway.
     """
-    gated: Tensor = _StraightThrough.apply(output, weight)  # type: ignore[no-untyped-call]
+    gated: Tensor = _StraightThrough.apply(output, weight, passed)  # type: ignore[no-untyped-call]
     return gated
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(output)
+    def forward(ctx: Any, output: Tensor, weight: Tensor, passed: Tensor | None) -> Tensor:
+        ctx.save_for_backward(output, passed)
         ctx.weight_dtype = weight.dtype
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (output,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        output, passed = ctx.saved_tensors
         grad = grads[0]
-        return grad, torch.sum(grad * output, dtype=ctx.weight_dtype)
+        through = torch.sum(grad * output, dtype=ctx.weight_dtype)
+        if passed is not None:
+            through = through - torch.sum(grad * passed, dtype=ctx.weight_dtype)
+        return grad, through, None

@@ -9,7 +9,7 @@ goes round the heads, so that each keeps as many.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.efficientformer import ConvStem
-from slimnas.arch.space import IDENTITY, Selection
+from slimnas.arch.space import IDENTITY, SearchSpace, Selection
 from slimnas.arch.walk import Component, walk
 from slimnas.errors import SpecError
 from slimnas.nn.build import Network, build, make_module
@@ -29,6 +29,9 @@ from slimnas.supernet.metapath import MetaPath
 
 if TYPE_CHECKING:
     from slimnas.supernet.supernet import Supernet
+
+Alphas = Sequence[Sequence[Mapping[str, float]]]
+"""Per stage and slot, the architecture parameter of each choice."""
 
 ChannelOrder = Mapping[str, Tensor]
 """Group of channels -> int64 indexes, most important first.
@@ -151,6 +154,15 @@ def magnitude_order(supernet: Supernet) -> ChannelOrder:
     return order_of(sum_by_group(supernet, squares), group_chunks(supernet))
 
 
+def own_order(supernet: Supernet) -> ChannelOrder:
+    """Channels as they are numbered, of heads that share them one of each in turn.
+
+    The order in which a sandwich of networks trains them, so that those it keeps most often are
+    those that a narrower network keeps.
+    """
+    return order_of(sum_by_group(supernet, {}), group_chunks(supernet))
+
+
 def place(supernet: Supernet, architecture: Architecture) -> Selection:
     """Put the architecture's blocks into slots so that their summed log-probability is largest.
 
@@ -159,11 +171,19 @@ def place(supernet: Supernet, architecture: Architecture) -> Selection:
     Raises:
         SpecError: the architecture is outside the supernet's space.
     """
-    selection = supernet.space.select(architecture)
-    stages = zip(selection.paths, supernet.super_stages(), supernet.space.stages, strict=True)
+    return place_by(supernet.alphas(), supernet.space, architecture)
+
+
+def place_by(alphas: Alphas, space: SearchSpace, architecture: Architecture) -> Selection:
+    """`place` by architecture parameters alone: per stage and slot, of each choice.
+
+    Raises:
+        SpecError: the architecture is outside the space.
+    """
+    selection = space.select(architecture)
     paths = [
-        _place_stage([c for c in slots if c != IDENTITY], stage.slots, space.choices)
-        for slots, stage, space in stages
+        _place_stage([c for c in slots if c != IDENTITY], of_stage, stage.choices)
+        for slots, of_stage, stage in zip(selection.paths, alphas, space.stages, strict=True)
     ]
     return Selection(selection.widths, tuple(paths))
 
@@ -193,17 +213,25 @@ class Inheritance:
             for part in walk(architecture.with_resolution(self.supernet.resolution))
         ]
 
+    def tensors(self, component: Component, source: str) -> dict[str, Tensor]:
+        """Weights and buffers of `component`: the supernet's part `source`, sliced.
+
+        Gradients pass to the supernet. Tensors that need no slicing are the supernet's own.
+        """
+        part = self._parts[source]
+        kept = self._kept(component, part)
+        whole = {**dict(part.module.named_parameters()), **dict(part.module.named_buffers())}
+        return {name: _sliced(tensor, part, name, kept) for name, tensor in whole.items()}
+
     def module(self, component: Component, source: str) -> nn.Module:
         """A new module for `component` with the weights of the supernet's part `source`."""
-        part = self._parts[source]
-        device = next(part.module.parameters()).device
+        device = next(self._parts[source].module.parameters()).device
         with torch.device("meta"):  # skips the initialisation, which would be overwritten
             made = make_module(component).to_empty(device=device)
-        tensors = {**dict(part.module.named_parameters()), **dict(part.module.named_buffers())}
-        kept = self._kept(component, part)
         with torch.no_grad():
+            tensors = self.tensors(component, source)
             for name, target in [*made.named_parameters(), *made.named_buffers()]:
-                target.copy_(_sliced(tensors[name], part, name, kept))
+                target.copy_(tensors[name])
         return made
 
     def extract(self, architecture: Architecture, *, selection: Selection | None = None) -> Network:
@@ -305,15 +333,13 @@ def _ranked(score: Tensor, chunks: int) -> Tensor:
 
 
 def _place_stage(
-    blocks: list[str], slots: Iterable[nn.Module], choices: tuple[str, ...]
+    blocks: list[str], slots: Iterable[Mapping[str, float]], choices: tuple[str, ...]
 ) -> tuple[str, ...]:
     """Best order-preserving assignment of `blocks` to `slots`, by dynamic programming."""
     best: dict[int, tuple[float, tuple[str, ...]]] = {0: (0.0, ())}
-    for slot in slots:
-        assert isinstance(slot, MetaPath)
-        scores = dict(
-            zip(slot.choices, torch.log_softmax(slot.alpha.detach(), 0).tolist(), strict=True)
-        )
+    for alphas in slots:
+        logs = torch.log_softmax(torch.tensor(list(alphas.values()), dtype=torch.float64), 0)
+        scores = dict(zip(alphas, logs.tolist(), strict=True))
         after: dict[int, tuple[float, tuple[str, ...]]] = {}
         for placed, (score, path) in best.items():
             options = [(IDENTITY, placed)] if IDENTITY in choices else []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimnas.arch.shapes import FeatureShape
 from slimnas.arch.templates import IDENTITY
-from slimnas.nn.layout import as_layout, run_module
+from slimnas.nn.layout import Layout, as_layout, run_module
 from slimnas.supernet.gumbel import Route, mix, straight_through
 
 
@@ -45,11 +45,21 @@ class MetaPath(nn.Module):
                 as_layout(self._run(choice, x), "map", self.shape) for choice in self.choices
             ]
             return mix(outputs, route.weights)
-        x = self._run(self.choices[route.index], x)
-        return x if route.weights is None else straight_through(x, route.weights[route.index])
+        choice = self.choices[route.index]
+        out = self._run(choice, x)
+        if route.weights is None or (route.of_change and choice == IDENTITY):
+            return out
+        weight = route.weights[route.index]
+        if not route.of_change:
+            return straight_through(out, weight)
+        return straight_through(out, weight, as_layout(x, _layout(out), self.shape))
 
     def _run(self, choice: str, x: Tensor) -> Tensor:
         return x if choice == IDENTITY else run_module(self.blocks[choice], x, self.shape)
+
+
+def _layout(x: Tensor) -> Layout:
+    return "map" if x.dim() == 4 else "tokens"
 
 
 class SuperStage(nn.Module):

@@ -6,7 +6,7 @@ parameters only; which paths run is an argument of `forward`, and no question ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -21,9 +21,12 @@ from slimnas.errors import SpecError
 from slimnas.nn.build import Network, make_module
 from slimnas.nn.layout import run_module
 from slimnas.nn.seeding import seeded
-from slimnas.supernet.gumbel import Mixing, Noise, Route, draw_route
+from slimnas.supernet.gumbel import AlphaGradient, Mixing, Noise, Route, draw_route
 from slimnas.supernet.inherit import ChannelOrder, Inheritance
 from slimnas.supernet.metapath import MetaPath, SuperStage
+
+Pass = Callable[[Tensor], Tensor]
+"""Images (B, c, R, R) -> logits (B, K)."""
 
 
 class Supernet(nn.Module):
@@ -66,8 +69,22 @@ class Supernet(nn.Module):
                 if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
                     module.weight.fill_(layer_scale)
 
-    def forward(self, images: Tensor, routes: Sequence[Route]) -> Tensor:
-        """Map images (B, c, R, R) to logits (B, K) along `routes`, one per MetaPath in order."""
+    def forward(
+        self, images: Tensor, routes: Sequence[Route], others: Sequence[Pass] = ()
+    ) -> Tensor:
+        """Map images (B, c, R, R) to logits (B, K) along `routes`, one per MetaPath in order.
+
+        With `others`, networks that run on the same images and weights, to logits of all of them
+        (1 + others, B, K): in one call, since processes that train together exchange gradients
+        once per call.
+        """
+        logits = self.along(images, routes)
+        if not others:
+            return logits
+        return torch.stack([logits, *(run(images) for run in others)])
+
+    def along(self, images: Tensor, routes: Sequence[Route]) -> Tensor:
+        """Logits (B, K) of images (B, c, R, R) along `routes`."""
         x = self.stem(images)
         remaining = iter(routes)
         for stage in self.super_stages():
@@ -75,17 +92,27 @@ class Supernet(nn.Module):
                 x = run_module(stage.downsample, x, stage.shape_in)
             for slot in stage.slots:
                 x = slot(x, next(remaining))
-        logits = self.head(x)
-        if isinstance(logits, tuple):  # a distilled head in training; both learn from the labels
-            return cast("Tensor", (logits[0] + logits[1]) / 2)
-        return cast("Tensor", logits)
+        return mean_logits(self.head(x))
 
     def draw_routes(
-        self, tau: float, *, mixing: Mixing, noise: Noise, generator: torch.Generator
+        self,
+        tau: float,
+        *,
+        mixing: Mixing,
+        noise: Noise,
+        generator: torch.Generator,
+        gradient: AlphaGradient = "output",
     ) -> list[Route]:
         """One random route per MetaPath, see `slimnas.supernet.gumbel.draw_route`."""
         return [
-            draw_route(path.alpha, tau, mixing=mixing, noise=noise, generator=generator)
+            draw_route(
+                path.alpha,
+                tau,
+                mixing=mixing,
+                noise=noise,
+                generator=generator,
+                gradient=gradient,
+            )
             for path in self.meta_paths()
         ]
 
@@ -188,6 +215,11 @@ def _require_fitting(space: SearchSpace, index: int, shape: FeatureShape) -> Non
                 f"{choice} of stages[{index}] gets a map of {shape.height}x{shape.width}; {fault}; "
                 "give another --resolution"
             )
+
+
+def mean_logits(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """A head's logits; of the two of a distilled head in training their mean, both learn alike."""
+    return (out[0] + out[1]) / 2 if isinstance(out, tuple) else out
 
 
 def head_classes(supernet: Supernet) -> int:

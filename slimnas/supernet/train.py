@@ -7,55 +7,42 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slimnas.arch.space import SearchSpace
-from slimnas.data.batches import ImageSet
 from slimnas.data.splits import SearchData
 from slimnas.errors import WeightsError
 from slimnas.nn.tensorfiles import load_tensors, save_tensors, tensors_digest
-from slimnas.supernet.gumbel import temperature
+from slimnas.supernet.inherit import ChannelOrder, own_order
+from slimnas.supernet.recipe import SupernetRecipe
+from slimnas.supernet.sandwich import Sandwich, sandwich_loss
 from slimnas.supernet.supernet import Supernet
 from slimnas.train.evaluate import top1_percent
-from slimnas.train.loop import StepReport, TrainTask, Watch, decay_groups, fit
-from slimnas.train.recipe import Positive, TrainRecipe
+from slimnas.train.loop import StepReport, TrainImages, TrainTask, Watch, decay_groups, fit
+
+__all__ = [
+    "Progress",
+    "SupernetRecipe",
+    "TrainedSupernet",
+    "load_supernet",
+    "route_generator",
+    "save_supernet",
+    "supernet_task",
+    "train_supernet",
+    "weights_digest",
+]
 
 SCHEMA = "slimnas/supernet/1"
 WHAT = "a supernet checkpoint"
 EVAL_BATCH = 256
 _ROUTES = 3  # keeps this random stream apart from those of the data
-
-
-class SupernetRecipe(TrainRecipe):
-    """`TrainRecipe` and what only a supernet has.
-
-    Attributes:
-        mixing: `sampled` runs one path per MetaPath and step, `soft` mixes all (the paper).
-        noise: `gumbel`, or the paper's literal `uniform`.
-        tau_start: temperature at the beginning.
-        tau_end: temperature at the end.
-        alpha_lr: peak learning rate of the architecture parameters.
-        alpha_weight_decay: their weight decay.
-        layer_scale: initial value of every layer scale.
-    """
-
-    mixing: Literal["sampled", "soft"] = "sampled"
-    noise: Literal["gumbel", "uniform"] = "gumbel"
-    tau_start: Positive = 4.0
-    tau_end: Positive = 1.0
-    alpha_lr: Positive = 1e-2
-    alpha_weight_decay: float = 0.0
-    layer_scale: Positive = 0.1
-
-    def tau(self, step: int, steps: int) -> float:
-        """Temperature of `step` (from 0) of `steps`."""
-        return temperature(step / max(1, steps - 1), self.tau_start, self.tau_end)
 
 
 @dataclass(frozen=True)
@@ -87,6 +74,22 @@ class TrainedSupernet:
     digest: str
     provenance: dict[str, Any]
 
+    @property
+    def recipe(self) -> SupernetRecipe | None:
+        """How it was trained; None where that is not on record, or in words not known here."""
+        try:
+            return SupernetRecipe.model_validate(self.provenance.get("recipe"))
+        except ValidationError:
+            return None
+
+    def channel_order(self) -> ChannelOrder | None:
+        """Which channels narrower networks keep, if it was trained with narrower networks.
+
+        None where it was not, and they are better chosen by importance.
+        """
+        recipe = self.recipe
+        return own_order(self.supernet) if recipe is not None and recipe.sandwich > 1 else None
+
 
 def train_supernet(
     supernet: Supernet,
@@ -104,25 +107,29 @@ def train_supernet(
         supernet: trained in place.
         data: TRAIN and SEARCH at the supernet's resolution.
         recipe: how.
-        accelerator: where.
+        accelerator: where; all its processes call this.
         seed: of batches and routes.
         checkpoint: state file; the run goes on from it if it exists.
-        on_progress: called after every step and epoch.
+        on_progress: called after every step and epoch, in the main process alone.
 
     Raises:
         WeightsError: the checkpoint is not this run's, or the loss is no longer finite.
+        TrainingError: out of memory, or a batch cannot be divided among the processes.
     """
     task = supernet_task(supernet, data.train, recipe, seed=seed)
 
-    def tau_at(step: int) -> float:
-        return recipe.tau(step, task.steps)
+    def tell(report: StepReport, search_top1: float | None = None) -> None:
+        if accelerator.is_main_process:
+            tau = recipe.tau(report.step - 1, task.steps)
+            on_progress(Progress(report, tau, search_top1))
 
     def on_epoch(averaged: nn.Module, report: StepReport) -> None:
+        if not accelerator.is_main_process:
+            return
         assert isinstance(averaged, Supernet)
         routes = averaged.likeliest_routes()
         batches = data.search.eval_batches(EVAL_BATCH, device=accelerator.device)
-        top1 = top1_percent(lambda images: _logits(averaged, images, routes), batches)
-        on_progress(Progress(report, tau_at(report.step - 1), top1))
+        tell(report, top1_percent(lambda images: _logits(averaged, images, routes), batches))
 
     provenance = {
         "space": supernet.space.name,
@@ -131,36 +138,50 @@ def train_supernet(
         "seed": seed,
         "data": data.digest,
     }
-    identity = json.dumps({**provenance, "space": supernet.space.to_yaml()}, sort_keys=True)
+    content = supernet.space.without_recipe().to_yaml()  # of recipes the one followed counts
+    identity = json.dumps({**provenance, "space": content}, sort_keys=True)
     averaged = fit(
         task,
         accelerator,
         checkpoint=checkpoint,
         identity=hashlib.sha256(identity.encode()).hexdigest(),
-        watch=Watch(
-            lambda report: on_progress(Progress(report, tau_at(report.step - 1))), on_epoch
-        ),
+        watch=Watch(tell, on_epoch),
     )
     assert isinstance(averaged, Supernet)
     return TrainedSupernet(averaged, weights_digest(averaged), provenance)
 
 
 def supernet_task(
-    supernet: Supernet, images: ImageSet, recipe: SupernetRecipe, *, seed: int
+    supernet: Supernet, images: TrainImages, recipe: SupernetRecipe, *, seed: int
 ) -> TrainTask:
     """What training a supernet is: its parameter groups, and a loss that draws routes."""
+    sandwich = None
+    if recipe.sandwich:
+        sandwich = Sandwich(supernet, recipe.sandwich, seed=seed, sync_bn=recipe.sync_bn)
 
-    def loss(images: Tensor, labels: Tensor, step: int) -> Tensor:
+    def loss(model: nn.Module, images: Tensor, targets: Tensor, step: int) -> Tensor:
         routes = supernet.draw_routes(
             recipe.tau(step, task.steps),
             mixing=recipe.mixing,
             noise=recipe.noise,
             generator=route_generator(seed, step),
+            gradient=recipe.alpha_gradient,
         )
-        logits = supernet(images, routes)
-        return cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        if step < recipe.waiting_steps(task.steps):
+            # Without a gradient AdamW passes the architecture parameters over, moments and all;
+            # they are still 0, so that every choice is as likely.
+            routes = [route.without_gradient() for route in routes]
+        if sandwich is None:
+            logits = model(images, routes)
+            return cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing)
+        return sandwich_loss(
+            model(images, routes, sandwich.passes(step)),
+            targets,
+            label_smoothing=recipe.label_smoothing,
+            distil=recipe.sandwich_distillation,
+        )
 
-    task = TrainTask(supernet, _groups(supernet, recipe), loss, images, recipe, seed)
+    task = TrainTask(supernet, _groups(supernet, recipe), loss, images, recipe, seed, partial=True)
     return task
 
 
@@ -224,7 +245,7 @@ def _groups(supernet: Supernet, recipe: SupernetRecipe) -> list[dict[str, Any]]:
         "params": alphas,
         "lr": recipe.alpha_lr,
         "weight_decay": recipe.alpha_weight_decay,
-        "betas": (0.5, 0.999),  # as DARTS: architecture gradients are noisy and change early
+        "betas": recipe.alpha_betas,
     }
     return [*decay_groups(weights, recipe), alpha_group]
 
