@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "slimnas"
 LEVELS = (
     {"", "errors"},
-    {"_files", "_jsonlines", "_lock", "_resources", "_settings"},
+    {"_files", "_jsonlines", "_lock", "_resources", "_settings", "_versions"},
     {"arch"},
     {"latency"},
     {"nn"},

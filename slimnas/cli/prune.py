@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -14,7 +13,7 @@ from slimnas.cli.latency_options import Clock
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 from slimnas.cli.prune_inputs import Asked, check_before, open_inputs
 from slimnas.cli.prune_rules import rules
-from slimnas.cli.runs import RUNS, RunOn, no_empty_folder, says_how_to_go_on
+from slimnas.cli.runs import RUNS, RunOn, no_empty_folder, plain_name, says_how_to_go_on
 
 if TYPE_CHECKING:
     from slimnas.report.pruning import ReportKind
@@ -274,7 +273,4 @@ def _prune(asked: Asked, output: Path | None, as_json: bool) -> None:
 
 
 def _run_name(asked: Asked) -> str:
-    names = [Path(word).name for word in (asked.model, asked.data or "default")]
-    bare = [re.sub(r"\.(ya?ml|parquet|tar)$", "", name) for name in names]
-    plain = [re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") for name in bare]
-    return "-".join(["prune", *plain])
+    return "-".join(["prune", plain_name(asked.model), plain_name(asked.data or "default")])

@@ -35,9 +35,9 @@ def write_reports(
         RunFolderError: the folder cannot be written.
         PruneError: a sensitivity journal of something else.
     """
+    from slimnas._versions import versions
     from slimnas.prune.found import AGREEMENT, LATENCY
     from slimnas.report.pruning import PruneReport, write_report
-    from slimnas.search.versions import versions
 
     latency = result.before.get(LATENCY)
     start, calibration = result.start, result.calibration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -42,3 +43,9 @@ def no_empty_folder(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty: the run has begun
             for place in made:
                 place.rmdir()
+
+
+def plain_name(word: str) -> str:
+    """The last part of a name or path, as part of a folder's name: without kind and wildcards."""
+    bare = re.sub(r"\.(ya?ml|parquet|tar)$", "", Path(word).name)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", bare).strip("-.")

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from slimnas._files import atomic_write_text, read_text
-from slimnas._settings import flat_settings, shown_setting
+from slimnas._settings import flat_settings, require_same_settings
 from slimnas.arch.documents import Spec, check_schema, parse_spec
-from slimnas.errors import RunFolderError, SpecError
+from slimnas.errors import SpecError
 from slimnas.prune.finetune import FinetuneRecipe
 
 SCHEMA = "slimnas/prune-config/1"
@@ -148,23 +148,8 @@ def claim(folder: Path, config: PruneConfig) -> None:
     """
     path = folder / FILE
     if path.is_file():
-        _refuse_other_run(folder, PruneConfig.load(path), config)
+        require_same_settings(folder, _settled(PruneConfig.load(path)), _settled(config))
     config.save(path)
-
-
-def _refuse_other_run(folder: Path, old: PruneConfig, new: PruneConfig) -> None:
-    before, now = _settled(old), _settled(new)
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        named = ", ".join(
-            f"{key} was {shown_setting(key, before)}, now {shown_setting(key, now)}"
-            for key in changed[:3]
-        )
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise RunFolderError(
-            f"{folder}: holds a run with other settings ({named}{more}); give the same ones to go "
-            "on with it, or another --output"
-        )
 
 
 def _settled(config: PruneConfig) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from slimnas.train.recipe import TrainRecipe
 from slimnas.zoo.create import create_model, find_weights
 from slimnas.zoo.entry import ARCHITECTURE, Entry, load_entry, save_model
 from slimnas.zoo.metrics import Metric
+from slimnas.zoo.preprocessing import normalisation_of
 from slimnas.zoo.registry import get
 from slimnas.zoo.weights import load_weights
 
@@ -97,7 +98,7 @@ def open_start(model: str, weights: str, *, zoo: str | Path | None = None) -> St
         source = str(path)
     network = build(entry.architecture).eval()
     network.load_state_dict(load_weights(path, entry.architecture))
-    return Start(network, entry.name, source, _normalisation(entry.architecture, entry.name))
+    return Start(network, entry.name, source, normalisation_of(entry.architecture))
 
 
 def train_start(model: str, *, seed: int, train_on: str, spare: Path, on_step: OnStep) -> Start:
@@ -232,23 +233,6 @@ def _described(entry: Entry, path: Path) -> str:
     if entry.source == "built-in":
         return f"{entry.architecture.provenance['weights']['repository']} from the hub"
     return str(path)
-
-
-def _normalisation(architecture: Architecture, name: str) -> Normalisation | None:
-    given = architecture.provenance.get("preprocessing")
-    if given is None:
-        return None
-    channels = architecture.input.channels
-    try:
-        mean, std = (tuple(float(v) for v in given[key]) for key in ("mean", "std"))
-    except (KeyError, TypeError, ValueError):
-        mean, std = (), ()
-    if len(mean) != channels or len(std) != channels or min(std, default=0.0) <= 0:
-        raise PruneError(
-            f"{name}: provenance.preprocessing: must hold mean and std, {channels} numbers each "
-            f"and std above 0, got {given!r}"
-        )
-    return mean, std
 
 
 def _writable(folder: Path, spare: Path) -> Path:

@@ -7,9 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from slimnas._settings import flat_settings, shown_setting
+from slimnas._settings import flat_settings, require_same_settings
 from slimnas.arch.documents import Spec, load_document, parse_spec, save_document
-from slimnas.errors import RunFolderError
 from slimnas.supernet.train import SupernetRecipe
 
 SCHEMA = "slimnas/search-config/1"
@@ -32,6 +31,8 @@ class SearchConfig(Spec):
         resolution: side of the training images, pixels.
         recipe: how the supernet is trained; None for a supernet trained before.
         supernet_digest: of a supernet trained before; None where this run trains it.
+        record_digest: of the search record that stands in for a supernet; `data`, `resolution` and
+            `search_images` are the record's then, and no images are read.
         frontier: which actions a slimming step weighs.
         fill: least share of a target that a found network should use; 0 leaves it where the last
             step of slimming ends, as the paper does.
@@ -52,6 +53,7 @@ class SearchConfig(Spec):
     resolution: Whole
     recipe: SupernetRecipe | None = SupernetRecipe()
     supernet_digest: str | None = None
+    record_digest: str | None = None
     frontier: Literal["per_stage", "paper"] = "per_stage"
     fill: Annotated[float, Field(ge=0, lt=1)] = 0.97
     measure: bool = True
@@ -85,21 +87,8 @@ def refuse_other_run(folder: Path, config: SearchConfig) -> None:
     path = folder / FILE
     if not path.is_file():
         return
-    old, new = (
-        flat_settings(SearchConfig.load(path).model_dump()),
-        flat_settings(config.model_dump()),
-    )
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if changed:
-        named = ", ".join(
-            f"{key} was {shown_setting(key, old)}, now {shown_setting(key, new)}"
-            for key in changed[:3]
-        )
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise RunFolderError(
-            f"{folder}: holds a run with other settings ({named}{more}); give the same ones to go "
-            "on with it, or another --output"
-        )
+    old = flat_settings(SearchConfig.load(path).model_dump())
+    require_same_settings(folder, old, flat_settings(config.model_dump()))
 
 
 def claim(folder: Path, config: SearchConfig) -> None:
