@@ -194,6 +194,15 @@ def save_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
     svg, png = path.with_name(f"{path.name}.svg"), path.with_name(f"{path.name}.png")
     with atomic_path(svg) as temporary:
         temporary.write_bytes(svg_bytes(figure))
-    with atomic_path(png) as temporary, drawing_style():
-        figure.savefig(temporary, format="png", dpi=PNG_DPI, metadata={"Software": None})
+    save_png(figure, png)
     return svg, png
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write one PNG atomically.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+    """
+    with atomic_path(path) as temporary, drawing_style():
+        figure.savefig(temporary, format="png", dpi=PNG_DPI, metadata={"Software": None})

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from slimnas.arch.templates import IDENTITY
 from slimnas.report.figures import WIDE_IN, drawing_style, ink, is_narrow, latency_label
 from slimnas.report.run import RunReport
+from slimnas.report.training import Panel, curves_figure
 from slimnas.search.actions import Action
 from slimnas.search.trajectory import Trajectory
 
@@ -35,6 +36,12 @@ OPPOSITES = {
     "widen_stage": "narrow_stage",
 }
 """Kinds that share a lane, each with its own marker."""
+TRAINING = (
+    Panel("loss", "training loss", "mb4d"),
+    Panel("search_top1", "SEARCH top-1, %", "width"),
+    Panel("tau", "Gumbel temperature", "mb3d"),
+)
+"""What is logged while a supernet trains."""
 LANE_IN = 0.17
 LABEL_GAP_PT = 11.0
 LINE_PT = 11.0
@@ -114,39 +121,7 @@ def training_figure(
     training: Sequence[Mapping[str, float]], width_in: float = WIDE_IN
 ) -> Figure | None:
     """Loss, SEARCH top-1 and temperature by training step; none where nothing was logged."""
-    panels = [
-        (key, title, colour, points)
-        for key, title, colour in (
-            ("loss", "training loss", "mb4d"),
-            ("search_top1", "SEARCH top-1, %", "width"),
-            ("tau", "Gumbel temperature", "mb3d"),
-        )
-        if (points := _points(training, key))
-    ]
-    if not panels:
-        return None
-    narrow = is_narrow(width_in)
-    columns = 1 if narrow else len(panels)
-    rows = len(panels) if narrow else 1
-    with drawing_style():
-        figure = Figure(
-            figsize=(width_in, 1.7 * rows + 0.3 if narrow else 2.4), layout="constrained"
-        )
-        for index, (_, title, colour, points) in enumerate(panels, start=1):
-            axes = figure.add_subplot(rows, columns, index)
-            steps, values = zip(*points, strict=True)
-            dense = len(points) > 40
-            axes.plot(steps, values, color=ink(colour), lw=1.5, marker="" if dense else "o", ms=3)
-            axes.set_title(title, loc="left", fontsize=8.5, color=ink("ink"))
-            axes.set_xlabel("training step")
-            axes.grid(axis="y")
-            axes.margins(x=0.02, y=0.12)
-    return figure
-
-
-def _points(training: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
-    pairs = [(row["step"], row.get(key)) for row in training if "step" in row]
-    return [(step, float(v)) for step, v in pairs if v is not None and math.isfinite(v)]
+    return curves_figure(training, TRAINING, x="step", x_title="training step", width_in=width_in)
 
 
 def _lanes(trajectory: Trajectory) -> list[tuple[str, int]]:
