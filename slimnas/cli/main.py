@@ -12,10 +12,12 @@ import typer
 
 from slimnas import __version__
 from slimnas.cli.analyze import app as analyze
+from slimnas.cli.evaluate import evaluate
 from slimnas.cli.latency import app as latency
 from slimnas.cli.prune import app as prune
 from slimnas.cli.search import search
 from slimnas.cli.space import app as space
+from slimnas.cli.train import train
 from slimnas.cli.zoo import app as zoo
 from slimnas.errors import SlimnasError
 
@@ -29,6 +31,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(search)
+app.command()(train)
+app.command()(evaluate)
 app.add_typer(prune, name="prune")
 app.add_typer(space, name="space")
 app.add_typer(latency, name="latency")
