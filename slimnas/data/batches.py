@@ -9,22 +9,23 @@ Shapes: B batch, N images of the split, C channels, H height, W width.
 from __future__ import annotations
 
 import enum
-from collections import deque
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from slimnas.data.ahead import Job, decoded_batches
+from slimnas.data.crop import CropDraw, CropPolicy
 from slimnas.data.decode import decode_rows
 from slimnas.data.sources import ImageTable, LongArray
 from slimnas.errors import DataError
 
-_BATCHES_AHEAD = 2
-_ORDER, _AUGMENT = 1, 2  # keep the two random streams of one (seed, epoch) apart
+_ORDER, _AUGMENT, _CROP = 1, 2, 3  # keep the random streams of one (seed, epoch) apart
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,21 @@ class MemoryPixels:
 
 @dataclass(frozen=True, eq=False)
 class LazyPixels:
-    """Images decoded each time they are asked for, for sets that do not fit in memory."""
+    """Images decoded each time they are asked for, for sets that do not fit in memory.
+
+    Attributes:
+        table: where they lie.
+        rows: which of its rows these are.
+        resolution: height and width to decode to, pixels.
+        channels: 1 or 3.
+        crop: what `stream_crops` takes of each image, if it is to be asked.
+    """
 
     table: ImageTable
     rows: LongArray
     resolution: tuple[int, int]
     channels: int
+    crop: CropPolicy | None = None
 
     def take(self, indexes: LongArray) -> Tensor:
         """Return these images as uint8 (len(indexes), C, H, W) on the CPU.
@@ -107,10 +117,7 @@ class LazyPixels:
         decoded = decode_rows(self.table, rows, self.resolution, self.channels)
         for position, (row, image) in enumerate(zip(rows, decoded, strict=True)):
             if isinstance(image, str):
-                raise DataError(
-                    f"every image must be decodable, {self.table.name(row)} is not ({image}); "
-                    "remove it, or check all images first with --skip-bad-images"
-                )
+                raise self._undecodable(row, image)
             pixels[position] = image
         return torch.from_numpy(pixels)
 
@@ -120,14 +127,110 @@ class LazyPixels:
         Raises:
             DataError: one cannot be decoded.
         """
-        pending: deque[Future[Tensor]] = deque()
-        with ThreadPoolExecutor(1) as background:
-            for indexes in batches:
-                pending.append(background.submit(self.take, indexes))
-                if len(pending) > _BATCHES_AHEAD:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+        return self._decoded((indexes, None) for indexes in batches)
+
+    def stream_crops(
+        self, batches: Iterable[tuple[LongArray, LongArray]], *, seed: int, epoch: int
+    ) -> Iterator[Tensor]:
+        """Yield a random crop of each image of each batch, in order.
+
+        Args:
+            batches: the images, and which copy of it each is: every copy gets another crop.
+            seed: of the run.
+            epoch: crops differ from epoch to epoch.
+
+        Raises:
+            DataError: one cannot be decoded.
+        """
+        policy = self.crop
+        if policy is None:
+            return self.stream(indexes for indexes, _ in batches)
+        return self._decoded(
+            (
+                indexes,
+                [
+                    CropDraw(policy, (seed, epoch, _CROP, row, copy))
+                    for row, copy in zip(self.rows[indexes].tolist(), copies.tolist(), strict=True)
+                ],
+            )
+            for indexes, copies in batches
+        )
+
+    def _decoded(
+        self, batches: Iterable[tuple[LongArray, Sequence[CropDraw] | None]]
+    ) -> Iterator[Tensor]:
+        first, second = itertools.tee(batches)
+        reads = (partial(self._read, indexes, crops) for indexes, crops in first)
+        decoded = decoded_batches(reads, self.resolution, self.channels)
+        for (indexes, _), (pixels, bad) in zip(second, decoded, strict=True):
+            for place, reason in bad.items():
+                raise self._undecodable(int(self.rows[indexes[place]]), reason)
+            yield pixels
+
+    def _read(self, indexes: LongArray, crops: Sequence[CropDraw] | None) -> list[Job]:
+        raws = self.table.read(self.rows[indexes].tolist())
+        return [Job(raw, crop) for raw, crop in zip(raws, crops or [None] * len(raws), strict=True)]
+
+    def _undecodable(self, row: int, reason: str) -> DataError:
+        return DataError(
+            f"every image must be decodable, {self.table.name(row)} is not ({reason}); "
+            "remove it, or check all images first with --skip-bad-images"
+        )
+
+
+class TrainSource(Protocol):
+    """Images to train on: an `ImageSet`, or `StreamedImages`, which document the methods."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, pixels scaled to 0..1."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Likewise."""
+
+    @property
+    def flip(self) -> bool:
+        """Whether augmentation may mirror an image."""
+
+    @property
+    def cropped(self) -> bool:
+        """Whether training batches are random crops, so that nothing needs to be shifted."""
+
+    def __len__(self) -> int:
+        """Images per epoch."""
+
+    def steps(self, batch_size: int) -> int:
+        """Return the number of batches per epoch."""
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str,
+        seed: int,
+        epoch: int,
+        augment: bool,
+        start_batch: int = 0,
+        part: Part = WHOLE,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield normalised images (B, C, H, W) float32 and labels (B,) int64."""
+
+    def raw_batches(
+        self,
+        batch_size: int,
+        *,
+        device: torch.device | str,
+        seed: int,
+        epoch: int,
+        start_batch: int = 0,
+        part: Part = WHOLE,
+        repeats: int = 1,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images (B, C, H, W) uint8 and labels (B,) int64."""
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Turn uint8 (B, C, H, W) into float32 with mean 0 and deviation 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +255,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def cropped(self) -> bool:
+        """Whether training batches are random crops, so that nothing needs to be shifted."""
+        return isinstance(self.store, LazyPixels) and self.store.crop is not None
 
     def steps(self, batch_size: int) -> int:
         """Return how many batches `batches` yields per epoch: full ones, or one that is not."""
@@ -178,21 +286,25 @@ class ImageSet:
             device: where the batches are wanted; augmentation runs there.
             seed: of the run, >= 0.
             epoch: counts from 0; each has its own order and augmentation.
-            augment: shift each image by up to an eighth, mirror half of them if `flip` allows.
+            augment: take a random crop of each image where the images are `cropped`, else shift it
+                by up to an eighth; mirror half of them if `flip` allows.
             start_batch: the first batch to yield, for a run that resumes inside an epoch.
             part: which images of every batch are wanted; all parts together are the whole batch.
 
         Yields:
             Normalised images (B, C, H, W) float32 and labels (B,) int64, on `device`.
         """
-        raw = self.raw_batches(
-            batch_size, device=device, seed=seed, epoch=epoch, start_batch=start_batch, part=part
-        )
         total = min(batch_size, len(self))
+        drawn = self._draw(batch_size, (seed, epoch), start_batch, part)
+        if augment and self.cropped:
+            raw = self._fetch_crops(drawn, device, seed, epoch)
+        else:
+            raw = self._fetch([indexes for indexes, _ in drawn], device)
         for batch, (images, labels) in enumerate(raw, start_batch):
             if augment:
                 draws = augment_generator(seed, epoch, batch)
-                images = shift_and_flip(images, draws, flip=self.flip, part=part, total=total)
+                change = flip_some if self.cropped else shift_and_flip
+                images = change(images, draws, flip=self.flip, part=part, total=total)
             yield self.normalise(images), labels
 
     def raw_batches(
@@ -206,7 +318,7 @@ class ImageSet:
         part: Part = WHOLE,
         repeats: int = 1,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield one epoch of shuffled training batches, neither augmented nor normalised.
+        """Yield one epoch of shuffled training batches: no augmentation but crops, as bytes.
 
         With `repeats` each image stands that often in a batch, for augmentation to tell its
         copies apart, and an epoch keeps its number of batches: it shows a `repeats`-th of the
@@ -223,16 +335,11 @@ class ImageSet:
             repeats: copies of each image, >= 1.
 
         Yields:
-            Images (B, C, H, W) uint8 and labels (B,) int64, on `device`.
+            Images (B, C, H, W) uint8, random crops where the images are `cropped`, another of each
+            copy, and labels (B,) int64, on `device`.
         """
-        order = permutation(len(self), seed, epoch, _ORDER)
-        total = min(batch_size, len(self))
-        chunks = []
-        for batch in range(start_batch, self.steps(batch_size)):
-            places = np.arange(batch * total, (batch + 1) * total)
-            places = places[np.argsort(places % repeats, kind="stable")][part.of(total)]
-            chunks.append(order[places // repeats])
-        yield from self._fetch(chunks, device)
+        drawn = self._draw(batch_size, (seed, epoch), start_batch, part, repeats)
+        yield from self._fetch_crops(drawn, device, seed, epoch)
 
     def eval_batches(
         self, batch_size: int, *, device: torch.device | str, start_batch: int = 0
@@ -252,15 +359,78 @@ class ImageSet:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 (B, C, H, W) into float32 with the TRAIN split's mean 0 and deviation 1."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
-        return (images.float() / 255.0 - mean) / std
+        return normalise(images, self.mean, self.std)
+
+    def _draw(
+        self,
+        batch_size: int,
+        key: tuple[int, int],
+        start_batch: int,
+        part: Part,
+        repeats: int = 1,
+    ) -> list[tuple[LongArray, LongArray]]:
+        """Return, per batch, the images of this part and which copy of it each is."""
+        order = permutation(len(self), *key, _ORDER)
+        total = min(batch_size, len(self))
+        drawn = []
+        for batch in range(start_batch, self.steps(batch_size)):
+            places = np.arange(batch * total, (batch + 1) * total)
+            places = places[np.argsort(places % repeats, kind="stable")][part.of(total)]
+            drawn.append((order[places // repeats], places % repeats))
+        return drawn
+
+    def _fetch_crops(
+        self,
+        drawn: Sequence[tuple[LongArray, LongArray]],
+        device: torch.device | str,
+        seed: int,
+        epoch: int,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        if not isinstance(self.store, LazyPixels):
+            yield from self._fetch([indexes for indexes, _ in drawn], device)
+            return
+        crops = self.store.stream_crops(drawn, seed=seed, epoch=epoch)
+        for (indexes, _), images in zip(drawn, crops, strict=True):
+            yield to_device(images, device), self._labels(indexes, device)
 
     def _fetch(
         self, chunks: Sequence[LongArray], device: torch.device | str
     ) -> Iterator[tuple[Tensor, Tensor]]:
         for indexes, images in zip(chunks, self.store.stream(chunks), strict=True):
-            yield images.to(device), self.labels[torch.from_numpy(indexes)].to(device)
+            yield to_device(images, device), self._labels(indexes, device)
+
+    def _labels(self, indexes: LongArray, device: torch.device | str) -> Tensor:
+        return to_device(self.labels[torch.from_numpy(indexes)], device)
+
+
+def to_device(values: Tensor, device: torch.device | str) -> Tensor:
+    """Copy to a device; to a GPU without waiting for it."""
+    if torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turn uint8 (B, C, H, W) into float32 with this mean and deviation taken out, per channel."""
+    shift = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
+    scale = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
+    return images.to(torch.float32, copy=True).div_(255.0).sub_(shift).div_(scale)
+
+
+def flip_some(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    flip: bool,
+    part: Part = WHOLE,
+    total: int | None = None,
+) -> Tensor:
+    """Mirror half of the images, if `flip` says so; arguments as of `shift_and_flip`."""
+    if not flip:
+        return images
+    total = len(images) if total is None else total
+    mirrored = (torch.rand((total, 1, 1, 1), generator=generator) < 0.5)[part.of(total)]
+    return torch.where(mirrored.to(images.device), images.flip(3), images)
 
 
 def shift_and_flip(

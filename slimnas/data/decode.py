@@ -1,18 +1,24 @@
-"""Encoded image to uint8 pixels of one resolution, by Pillow."""
+"""Encoded image to uint8 pixels of one resolution, by Pillow.
+
+Pillow lets go of the interpreter's lock while it decodes and scales, so threads are enough.
+"""
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
+from slimnas.data.crop import CropDraw
 from slimnas.data.sources import ImageTable, RawImage
 
 _BAD_IMAGE = (
@@ -20,36 +26,79 @@ _BAD_IMAGE = (
     Image.DecompressionBombError,
 )
 _ROWS_READ_AT_ONCE = 1024
-_ROWS_PER_THREAD = 64
+_ROWS_PER_THREAD = 16
+_DETAIL = 2
+"""How many pixels per pixel of the result libjpeg decodes at least, on each axis."""
+_MOVED = range(2, 9)
+_TURNED = range(5, 9)
+"""Orientation tags that move pixels, and those among them that swap width and height."""
+
+Pixels: TypeAlias = "NDArray[np.uint8]"
 
 
-def decode(raw: RawImage, resolution: tuple[int, int], channels: int) -> NDArray[np.uint8]:
+def decode(
+    raw: RawImage, resolution: tuple[int, int], channels: int, crop: CropDraw | None = None
+) -> Pixels:
     """Return the image as uint8 (C, H, W).
 
     The largest centred crop with the resolution's aspect ratio is scaled to it (bilinear,
-    antialiased). Orientation tags are honoured, transparency is dropped, grey images are
-    repeated over three channels, colour ones become luma for one.
+    antialiased), or a random crop where one is asked for. Orientation tags are honoured,
+    transparency is dropped, grey images are repeated over three channels, colour ones become luma
+    for one. Of an animation the first frame is taken.
 
     Args:
         raw: an encoded image, its file, or grey pixels.
         resolution: height and width of the result, pixels.
         channels: 1 or 3.
+        crop: of the upright image; None for the centred one.
 
     Raises:
         OSError, ValueError, ...: what Pillow raises for an image it cannot decode;
-            `decode_rows` gives the reason instead.
+            `try_decode` gives the reason instead.
     """
-    height, width = resolution
+    mode = "L" if channels == 1 else "RGB"
     with _open(raw) as opened:
-        # Lets libjpeg skip detail that the resize would average away anyway.
-        opened.draft(None, (2 * width, 2 * height))
-        image = _plain(ImageOps.exif_transpose(opened), "L" if channels == 1 else "RGB")
-    if image.size != (width, height):
-        image = image.resize(
-            (width, height), Image.Resampling.BILINEAR, box=_crop(image, width / height)
-        )
+        if crop is None:
+            image = _centred(opened, resolution, mode)
+        else:
+            image = _cropped(opened, resolution, mode, crop)
     pixels = np.asarray(image, dtype=np.uint8)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _centred(opened: Image.Image, resolution: tuple[int, int], mode: str) -> Image.Image:
+    height, width = resolution
+    # Lets libjpeg skip detail that the resize would average away anyway.
+    opened.draft(None, (_DETAIL * width, _DETAIL * height))
+    image = _plain(_upright(opened), mode)
+    if image.size == (width, height):
+        return image
+    return image.resize(
+        (width, height), Image.Resampling.BILINEAR, box=_centre(image, width / height)
+    )
+
+
+def _cropped(
+    opened: Image.Image, resolution: tuple[int, int], mode: str, crop: CropDraw
+) -> Image.Image:
+    height, width = resolution
+    turned = _orientation(opened) in _TURNED
+    whole = opened.size[::-1] if turned else opened.size
+    (left, top, right, bottom), resampling = crop.choose(*whole)
+    spare = min((right - left) / width, (bottom - top) / height) / _DETAIL
+    if spare >= 2:
+        # libjpeg shrinks by 2, 4 or 8: by the most that leaves the crop its detail.
+        shrink = 2 ** min(3, int(math.log2(spare)))
+        opened.draft(None, (opened.width // shrink, opened.height // shrink))
+    image = _plain(_upright(opened), mode)
+    across, down = image.width / whole[0], image.height / whole[1]
+    box = (
+        left * across,
+        top * down,
+        min(right * across, image.width),
+        min(bottom * down, image.height),
+    )
+    return image.resize((width, height), resampling, box=box)
 
 
 def check_header(raw: RawImage) -> str | None:
@@ -63,11 +112,11 @@ def check_header(raw: RawImage) -> str | None:
 
 def decode_rows(
     table: ImageTable, indexes: Sequence[int], resolution: tuple[int, int], channels: int
-) -> Iterator[NDArray[np.uint8] | str]:
+) -> Iterator[Pixels | str]:
     """Decode rows on all cores, in order; yields (C, H, W) uint8, or why a row is undecodable."""
 
-    def work(raws: list[RawImage]) -> list[NDArray[np.uint8] | str]:
-        return [_try_decode(raw, resolution, channels) for raw in raws]
+    def work(raws: list[RawImage]) -> list[Pixels | str]:
+        return [try_decode(raw, resolution, channels) for raw in raws]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(indexes), _ROWS_READ_AT_ONCE):
@@ -79,11 +128,12 @@ def decode_rows(
                 yield from results
 
 
-def _try_decode(
-    raw: RawImage, resolution: tuple[int, int], channels: int
-) -> NDArray[np.uint8] | str:
+def try_decode(
+    raw: RawImage, resolution: tuple[int, int], channels: int, crop: CropDraw | None = None
+) -> Pixels | str:
+    """Return what `decode` returns, or why the image is undecodable."""
     try:
-        return decode(raw, resolution, channels)
+        return decode(raw, resolution, channels, crop)
     except _BAD_IMAGE as error:
         return _reason(error)
 
@@ -104,6 +154,17 @@ def _open(raw: RawImage) -> Image.Image:
     return Image.open(raw if isinstance(raw, Path) else io.BytesIO(raw))
 
 
+def _orientation(image: Image.Image) -> int:
+    tag = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return tag if isinstance(tag, int) else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    # Pillow copies the image where there is nothing to turn.
+    return ImageOps.exif_transpose(image) if _orientation(image) in _MOVED else image
+
+
 def _plain(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
@@ -114,7 +175,7 @@ def _plain(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _crop(image: Image.Image, aspect: float) -> tuple[float, float, float, float]:
+def _centre(image: Image.Image, aspect: float) -> tuple[float, float, float, float]:
     """Return left, top, right, bottom of the largest centred box of this aspect (width/height)."""
     width = min(float(image.width), image.height * aspect)
     height = min(float(image.height), image.width / aspect)

@@ -1,23 +1,21 @@
-"""Labelled images from folders, parquet, webdataset tars and the hub, through `datasets`.
-
-Local data is read by the builders of `datasets` themselves: `load_dataset` would first send a
-request to count downloads.
-"""
+"""Labelled images from folders, parquet, webdataset tars and the hub, through `datasets`."""
 
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimnas.data.shards import PARQUET, TARS, names_in_schema, read_shards
 from slimnas.data.sources import Source
-from slimnas.data.tables import build_source, cache_folder, first_line, quiet, reading
+from slimnas.data.tables import build_source, cache_folder, first_line, quiet
 from slimnas.errors import DataError, suggest
 
+FOLDER, HUB = "folder", "hub"
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
@@ -34,25 +32,62 @@ _IMAGE_SUFFIXES = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def load_files(spec: str, cache_dir: Path | None) -> Source:
-    """Find the images that `spec`, anything but `digits`, names; see `load_source`.
+@dataclass(frozen=True)
+class Listing:
+    """What a spec names.
+
+    Attributes:
+        spec: what the user wrote.
+        kind: `folder`, `parquet`, `webdataset` or `hub`.
+        splits: shards of each split, `train` among them; of a folder, the folder; of the hub, none.
+    """
+
+    spec: str
+    kind: str
+    splits: Mapping[str, Sequence[Path]]
+
+
+def list_files(spec: str) -> Listing:
+    """Find what `spec`, anything but `digits`, names; see `load_source`.
 
     Raises:
-        DataError: nothing is there, it cannot be read, or it lacks images or labels.
+        DataError: nothing is there, or it is not one kind of files.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
-        return _load_folder(spec, path, cache_dir)
+        for pattern in ("*.parquet", "data/*.parquet", "*.tar"):
+            found = sorted(path.glob(pattern))
+            if found:
+                return _list_shards(spec, found)
+        return Listing(spec, FOLDER, {"train": [path]})
     if path.is_file():
-        return _load_listed(spec, [path], cache_dir, one_split=True)
+        return _list_shards(spec, [path], one_split=True)
     if glob.has_magic(spec):
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207 (absolute patterns too)
         if not found:
             raise DataError(f"--data {spec}: no file matches; check the pattern")
-        return _load_listed(spec, found, cache_dir)
+        return _list_shards(spec, found)
     if _HUB_ID.fullmatch(spec) and not path.parent.exists():
-        return _load_hub(spec, cache_dir)
+        return Listing(spec, HUB, {})
     raise _missing(spec, path)
+
+
+def load_files(spec: str, cache_dir: Path | None) -> Source:
+    """Open the images that `spec`, anything but `digits`, names; see `load_source`.
+
+    Raises:
+        DataError: nothing is there, it cannot be read, or it lacks images or labels.
+    """
+    listing = list_files(spec)
+    if listing.kind == FOLDER:
+        return build_source(spec, FOLDER, folder_tables(listing), None, {})
+    folder = cache_folder(cache_dir)
+    if listing.kind == HUB:
+        return build_source(spec, HUB, load_hub(spec, folder.path), folder, {})
+    splits = listing.splits
+    parts = {name: read_shards(listing.kind, files, folder.path) for name, files in splits.items()}
+    names = names_in_schema(splits["train"][0]) if listing.kind == PARQUET else {}
+    return build_source(spec, listing.kind, parts, folder, names)
 
 
 def _missing(spec: str, path: Path) -> DataError:
@@ -67,33 +102,17 @@ def _missing(spec: str, path: Path) -> DataError:
     )
 
 
-def _load_folder(spec: str, folder: Path, cache_dir: Path | None) -> Source:
-    for pattern in ("*.parquet", "data/*.parquet", "*.tar"):
-        found = sorted(folder.glob(pattern))
-        if found:
-            return _load_listed(spec, found, cache_dir)
-    return _load_image_folder(spec, folder)
-
-
-def _load_listed(
-    spec: str, files: list[Path], cache_dir: Path | None, *, one_split: bool = False
-) -> Source:
+def _list_shards(spec: str, files: list[Path], *, one_split: bool = False) -> Listing:
     suffixes = {file.suffix.lower() for file in files}
-    if suffixes == {".parquet"}:
-        kind, read = "parquet", _read_parquet
-    elif suffixes == {".tar"}:
-        kind, read = "webdataset", _read_tars
-    else:
+    kinds = {".parquet": PARQUET, ".tar": TARS}
+    if len(suffixes) != 1 or not suffixes <= kinds.keys():
         raise DataError(
             f"--data {spec}: the files must all be .parquet or all .tar, these end in "
             f"{', '.join(sorted(suffixes)) or 'nothing'}; for loose images give the folder that "
             "holds one sub-folder per class"
         )
     groups = {"train": files} if one_split else _by_split(spec, files)
-    folder = cache_folder(cache_dir)
-    parts = {split: read(group, folder.path) for split, group in groups.items()}
-    names = _names_in_schema(groups["train"][0]) if kind == "parquet" else {}
-    return build_source(spec, kind, parts, folder, names)
+    return Listing(spec, kinds[suffixes.pop()], groups)
 
 
 def _by_split(spec: str, files: Iterable[Path]) -> dict[str, list[Path]]:
@@ -117,78 +136,18 @@ def _by_split(spec: str, files: Iterable[Path]) -> dict[str, list[Path]]:
     return groups
 
 
-def _read_parquet(files: list[Path], cache: Path) -> Any:
-    import pyarrow.parquet
-    from datasets import Dataset, Features
-
-    for file in files:
-        _check_parquet(file)
-    with quiet(), reading(f"{files[0]}" if len(files) == 1 else f"{files[0]} and others"):
-        # `datasets` refuses class names that repeat, as ImageNet's do: keep them out of its sight.
-        schema = pyarrow.parquet.read_schema(files[0]).remove_metadata()
-        features = Features.from_arrow_schema(schema)
-        return Dataset.from_parquet(_literal(files), features=features, cache_dir=str(cache))
-
-
-def _names_in_schema(file: Path) -> dict[str, tuple[str, ...]]:
-    """Return the class names that `datasets` wrote into a parquet file, by column."""
-    import pyarrow.parquet
-
-    metadata = pyarrow.parquet.read_schema(file).metadata or {}
-    try:
-        columns = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return {
-            column: tuple(map(str, feature["names"]))
-            for column, feature in columns.items()
-            if feature.get("_type") == "ClassLabel"
-        }
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}  # names are a courtesy; without them classes are called by number
-
-
-def _check_parquet(file: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_metadata(file).num_rows
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(
-            f"{file}: not a whole parquet file ({first_line(error)}); download or write it again"
-        ) from error
-    if rows == 0:
-        raise DataError(f"{file}: holds no images; a split needs some")
-
-
-def _read_tars(files: list[Path], cache: Path) -> Any:
-    from datasets import Features, Image, Value
-    from datasets.packaged_modules.webdataset.webdataset import WebDataset
-
-    # Named here, so that keys may mix formats; `datasets` would take those of the first keys.
-    images = {suffix: Image(decode=False) for suffix in ("jpg", "jpeg", "png", "webp")}
-    others = {"cls": Value("int64"), "__key__": Value("string"), "__url__": Value("string")}
-    with quiet(), reading(f"{files[0]}" if len(files) == 1 else f"{files[0]} and others"):
-        builder = WebDataset(
-            cache_dir=str(cache),
-            data_files={"train": _literal(files)},
-            features=Features({**images, **others}),
-        )
-        builder.download_and_prepare()
-        return builder.as_dataset(split="train")
-
-
-def _literal(files: Iterable[Path]) -> list[str]:
-    return [glob.escape(str(file.resolve())) for file in files]
-
-
-def _load_image_folder(spec: str, folder: Path) -> Source:
-    """Read `class/**/image` or `split/class/**/image`.
+def folder_tables(listing: Listing) -> dict[str, Any]:
+    """List `class/**/image` or `split/class/**/image`; returns a `datasets.Dataset` per split.
 
     Listed here: the builder of `datasets` takes `test` in any file or folder name for a split
     and then leaves out all files that lack such a word.
+
+    Raises:
+        DataError: classes are missing, empty, or differ between the splits.
     """
     from datasets import ClassLabel, Dataset, Features, Image
 
+    spec, folder = listing.spec, listing.splits["train"][0]
     splits = {sub: _SPLIT_OF.get(sub.name.lower()) for sub in _sub_folders(folder)}
     split_folders = {split: sub for sub, split in splits.items() if split}
     has_splits = "train" in split_folders and all(splits.values())
@@ -208,7 +167,7 @@ def _load_image_folder(spec: str, folder: Path) -> Source:
         rows = [(str(file), label) for label, n in enumerate(names) for file in classes.get(n, [])]
         columns = {"image": [file for file, _ in rows], "label": [label for _, label in rows]}
         parts[split] = Dataset.from_dict(columns, features=features)
-    return build_source(spec, "folder", parts, None, {})
+    return parts
 
 
 def _list_classes(spec: str, folder: Path) -> dict[str, list[Path]]:
@@ -245,13 +204,17 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _load_hub(spec: str, cache_dir: Path | None) -> Source:
+def load_hub(spec: str, cache: Path, *, streaming: bool = False) -> dict[str, Any]:
+    """Return a `datasets.Dataset`, or an `IterableDataset`, per split, train among them.
+
+    Raises:
+        DataError: there is no such data set, or no network, or it has no train split.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
-    folder = cache_folder(cache_dir)
     # The HTTP library below the hub client differs by version; its base error is a base of this.
     network_errors = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     try:
@@ -259,7 +222,7 @@ def _load_hub(spec: str, cache_dir: Path | None) -> Source:
             if not constants.HF_HUB_OFFLINE:
                 # One request that fails at once; load_dataset would try for half a minute.
                 HfApi().dataset_info(spec, timeout=10)
-            loaded = load_dataset(spec, cache_dir=str(folder.path))
+            loaded = load_dataset(spec, cache_dir=str(cache), streaming=streaming)
     except (OSError, ValueError, DatasetsError, *network_errors) as error:
         raise DataError(
             f"--data {spec}: no such path here, and the hub gave no data set of that name "
@@ -270,4 +233,4 @@ def _load_hub(spec: str, cache_dir: Path | None) -> Source:
         parts = {"train": next(iter(parts.values()))}
     if "train" not in parts:
         raise DataError(f"--data {spec}: has no train split; it has {', '.join(sorted(parts))}")
-    return build_source(spec, "hub", parts, folder, {})
+    return parts

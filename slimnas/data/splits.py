@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from slimnas.data.load import load_source
 from slimnas.data.sources import ImageTable, LongArray, Source
 from slimnas.errors import DataError
 
-_LIMIT, _TEST, _SEARCH, _SAMPLE = 11, 12, 13, 14  # keep the random streams of one seed apart
+_LIMIT, TEST_STREAM, _SEARCH, _SAMPLE = 11, 12, 13, 14  # keep the random streams of one seed apart
 _STATISTICS_SAMPLE = 4096
 _IMAGES_AT_ONCE = 256
 
@@ -166,16 +166,16 @@ def split_source(source: Source, options: DataOptions) -> DataSplits:
     pool = open_table(source.train, options)
     own_test = None if source.test is None else open_table(source.test, options)
     needed = 2 if own_test else 3
-    _check_classes(source, pool.labels, needed)
+    check_classes(source, pool.labels, needed)
     rest = np.arange(len(pool.labels))
     if own_test is None:
-        rest, test_rows = _hold_out(
-            rest, pool.labels, options.test_fraction, 2, (options.seed, _TEST)
+        rest, test_rows = hold_out(
+            rest, pool.labels, options.test_fraction, 2, (options.seed, TEST_STREAM)
         )
         test = pool.select(test_rows)
     else:
         test = own_test
-    train_rows, search_rows = _hold_out(
+    train_rows, search_rows = hold_out(
         rest, pool.labels, options.search_fraction, 1, (options.seed, _SEARCH)
     )
     train, search = pool.select(train_rows), pool.select(search_rows)
@@ -210,7 +210,7 @@ class ImagePart:
         """Return some of the images; decoded pixels are copied, so nothing leads to the others."""
         store = self.store
         if isinstance(store, LazyPixels):
-            store = LazyPixels(store.table, store.rows[positions], store.resolution, store.channels)
+            store = replace(store, rows=store.rows[positions])
         else:
             store = MemoryPixels(store.take(positions))
         return ImagePart(self.rows[positions], self.labels[positions], store, self.skipped)
@@ -283,7 +283,17 @@ def _refuse_bad(
         )
 
 
-def _check_classes(source: Source, labels: LongArray, needed: int) -> None:
+def check_classes(source: Source, labels: LongArray, needed: int) -> None:
+    """Refuse images of one class, or of a class with fewer images than there are splits.
+
+    Args:
+        source: the images' source.
+        labels: class numbers (N,) of those that can be decoded.
+        needed: splits that need an image of every class.
+
+    Raises:
+        DataError: no images, one class, or too few of a class.
+    """
     counts = np.bincount(labels, minlength=len(source.class_names))
     present = np.flatnonzero(counts)
     if len(present) == 0:
@@ -303,12 +313,13 @@ def _check_classes(source: Source, labels: LongArray, needed: int) -> None:
         )
 
 
-def _hold_out(
+def hold_out(
     rows: LongArray, labels: LongArray, fraction: float, leave: int, key: Sequence[int]
 ) -> tuple[LongArray, LongArray]:
     """Split rows into (kept, held out), both sorted: `fraction` of each class is held out.
 
-    At least one of each class is held out and at least `leave` are kept.
+    At least one of each class is held out and at least `leave` are kept. Which ones follows from
+    `key`, non-negative numbers, and the class.
     """
     held = []
     for number in np.unique(labels[rows]):
@@ -338,10 +349,17 @@ def pixel_statistics(
     if isinstance(store, LazyPixels) and count > _STATISTICS_SAMPLE:
         chosen = np.sort(permutation(count, seed, _SAMPLE)[:_STATISTICS_SAMPLE])
     chunks = [chosen[at : at + _IMAGES_AT_ONCE] for at in range(0, len(chosen), _IMAGES_AT_ONCE)]
+    return batch_statistics(store.stream(chunks))
+
+
+def batch_statistics(
+    batches: Iterable[Tensor],
+) -> tuple[tuple[float, ...], tuple[float, ...], bytes]:
+    """Return mean and deviation per channel (of 0..1 pixels) of uint8 batches, and their hash."""
     sha = hashlib.sha256()
     # Whole-number counts: the same result however many threads add them up.
     counts: Tensor | int = 0
-    for images in store.stream(chunks):
+    for images in batches:
         sha.update(images.numpy().tobytes())
         channels = images.transpose(0, 1).flatten(1)
         counts = counts + torch.stack([torch.bincount(c, minlength=256) for c in channels])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import tarfile
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,9 +19,11 @@ from slimnas.data.sources import LongArray, RawImage, Source
 from slimnas.errors import DataError
 
 _IMAGE_COLUMNS = ("image", "img")
-_TAR_IMAGES = ("jpg", "jpeg", "png", "webp")  # a row has one of them
+TAR_IMAGES = ("jpg", "jpeg", "png", "webp")  # a row has one of them
 _LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
-_TEST_SPLITS = ("test", "validation")  # the first that is labelled
+TEST_SPLITS = ("test", "validation")  # the first that is labelled
+
+Label: TypeAlias = "int | str"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +52,7 @@ class HfTable:
     def read(self, indexes: Sequence[int]) -> list[RawImage]:
         """Return the images of these rows, undecoded."""
         columns = self.dataset[list(indexes)]
-        return [_first_image(cells) for cells in zip(*columns.values(), strict=True)]
+        return [first_image(cells) for cells in zip(*columns.values(), strict=True)]
 
     def name(self, index: int) -> str:
         """Return the image's path as the source has it, or the row number."""
@@ -61,13 +64,13 @@ class HfTable:
 
 
 @dataclass(frozen=True)
-class _Classes:
+class Classes:
     """Class names, and the class number of each value of the label column."""
 
     names: tuple[str, ...]
-    number: Mapping[int | str, int]
+    number: Mapping[Label, int]
 
-    def encode(self, values: Sequence[int | str | None]) -> LongArray:
+    def encode(self, values: Sequence[Label | None]) -> LongArray:
         """Return class numbers; -1 where there is no label or an unknown one."""
         numbers = [-1 if value is None else self.number.get(value, -1) for value in values]
         return np.array(numbers, dtype=np.int64)
@@ -92,38 +95,71 @@ def build_source(
     Raises:
         DataError: a table lacks an image or label column, or has images without a label.
     """
-    images, label = _find_columns(spec, parts["train"])
-    values = _label_values(spec, parts["train"], label)
-    classes = _find_classes(parts["train"].features[label], names.get(label), values)
+    images, label = find_columns(spec, parts["train"])
+    values = label_values(spec, parts["train"], label)
+    classes = find_classes(parts["train"].features[label], names.get(label), values)
     train = _table(spec, parts["train"], images, classes.encode(values), cache)
-    unlabelled = np.flatnonzero(train.labels < 0)
-    if len(unlabelled):
-        raise DataError(
-            f"--data {spec}: every training image must be labelled, {len(unlabelled)} of "
-            f"{len(train.labels)} are not, the first is {train.name(int(unlabelled[0]))}"
-        )
-    test = None
-    found = [split for split in _TEST_SPLITS if split in parts]
+    for row in np.flatnonzero(train.labels < 0)[:1].tolist():
+        raise _no_class(spec, values, train, row, classes)
+    test = find_test(spec, parts, classes, cache)
+    return Source(spec, kind, train, test, classes.names, flip=True)
+
+
+def find_test(
+    spec: str, parts: Mapping[str, Any], classes: Classes, cache: CacheFolder | None
+) -> HfTable | None:
+    """Return the first labelled split of those to test on; None where there are no such splits.
+
+    Raises:
+        DataError: there are some, none of them labelled with classes that train has.
+    """
+    found = [split for split in TEST_SPLITS if split in parts]
     for split in found:
-        images, label = _find_columns(spec, parts[split])
-        labels = classes.encode(_label_values(spec, parts[split], label))
+        images, label = find_columns(spec, parts[split])
+        labels = classes.encode(label_values(spec, parts[split], label))
         if len(labels) and (labels >= 0).all():
-            test = _table(spec, parts[split], images, labels, cache)
-            break
-    if found and test is None:
+            return _table(spec, parts[split], images, labels, cache)
+    if found:
         raise DataError(
             f"--data {spec}: every image of the {' or '.join(found)} split must have a label that "
             "train has too; label them, or give the train files alone: part of them is held out"
         )
-    return Source(spec, kind, train, test, classes.names, flip=True)
+    return None
 
 
-def _find_columns(spec: str, dataset: Any) -> tuple[list[str], str]:
+def _no_class(
+    spec: str, values: Sequence[Label | None], train: HfTable, row: int, classes: Classes
+) -> DataError:
+    value = values[row]
+    if value is None or value == -1:
+        count = sum(label is None or label == -1 for label in values)
+        return DataError(
+            f"--data {spec}: every training image must be labelled, {count} of "
+            f"{len(train.labels)} are not, the first is {train.name(row)}"
+        )
+    return DataError(
+        f"--data {spec}: {outside(value, classes)} as {train.name(row)} has; correct it, or name "
+        "all classes in the file"
+    )
+
+
+def outside(value: Label, classes: Classes) -> str:
+    """Return what is wrong with a label that belongs to no class."""
+    last = len(classes.names) - 1
+    return f"every label must be one of the classes, 0..{last}, not {value!r}"
+
+
+def find_columns(spec: str, dataset: Any) -> tuple[list[str], str]:
+    """Return the columns that hold the images, one of them in each row, and the label's.
+
+    Raises:
+        DataError: there is none.
+    """
     from datasets import ClassLabel, Image
 
     features = dataset.features
     images = [name for name in _IMAGE_COLUMNS if name in features][:1]
-    images = images or [name for name in _TAR_IMAGES if name in features]
+    images = images or [name for name in TAR_IMAGES if name in features]
     images = images or [name for name, kind in features.items() if isinstance(kind, Image)][:1]
     labels = [name for name in _LABEL_COLUMNS if name in features]
     labels = labels or [name for name, kind in features.items() if isinstance(kind, ClassLabel)]
@@ -136,7 +172,12 @@ def _find_columns(spec: str, dataset: Any) -> tuple[list[str], str]:
     return images, labels[0]
 
 
-def _label_values(spec: str, dataset: Any, column: str) -> list[int | str | None]:
+def label_values(spec: str, dataset: Any, column: str) -> list[Label | None]:
+    """Return the label column.
+
+    Raises:
+        DataError: it holds neither whole numbers nor names.
+    """
     values = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     odd = next((v for v in values if v is not None and not isinstance(v, (int, str))), None)
     if odd is not None:
@@ -146,24 +187,25 @@ def _label_values(spec: str, dataset: Any, column: str) -> list[int | str | None
     return list(values)
 
 
-def _find_classes(
-    feature: Any, names: tuple[str, ...] | None, values: Sequence[int | str | None]
-) -> _Classes:
+def find_classes(
+    feature: Any, names: tuple[str, ...] | None, values: Sequence[Label | None]
+) -> Classes:
+    """Return the classes a label column names itself, or those of `names`, or of its values."""
     from datasets import ClassLabel
 
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names)
     if names is not None:
-        return _Classes(names, {number: number for number in range(len(names))})
+        return Classes(names, {number: number for number in range(len(names))})
     # -1 is how `datasets` marks a row without a label.
     distinct = sorted({value for value in values if value is not None and value != -1}, key=_key)
-    return _Classes(
+    return Classes(
         tuple(str(value) for value in distinct),
         {value: number for number, value in enumerate(distinct)},
     )
 
 
-def _key(value: int | str) -> tuple[int, str]:
+def _key(value: Label) -> tuple[int, str]:
     return (value, "") if isinstance(value, int) else (0, value)
 
 
@@ -179,7 +221,8 @@ def _table(
     return HfTable(dataset, labels, spec, cache)
 
 
-def _first_image(cells: Sequence[Mapping[str, Any] | None]) -> RawImage:
+def first_image(cells: Sequence[Mapping[str, Any] | None]) -> RawImage:
+    """Return the image of the first cell that has one: its bytes, or its file."""
     for cell in cells:
         if cell is not None:
             encoded, path = cell.get("bytes"), cell.get("path")
@@ -228,8 +271,11 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str | Callable[[], str]) -> Iterator[None]:
     """Turn what `datasets` raises for damaged data into one `DataError` line.
+
+    Args:
+        what: is read; a function is asked only if reading fails.
 
     Raises:
         DataError: the block failed on its data.
@@ -239,10 +285,19 @@ def reading(what: str) -> Iterator[None]:
 
     try:
         yield
-    except (DatasetsError, pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
+    except (
+        DatasetsError,
+        EOFError,
+        OSError,
+        TypeError,
+        ValueError,
+        pyarrow.ArrowException,
+        tarfile.TarError,
+    ) as error:
         cause = error.__cause__ or error
+        name = what if isinstance(what, str) else what()
         raise DataError(
-            f"{what}: cannot be read ({first_line(cause)}); check the files, or download or "
+            f"{name}: cannot be read ({first_line(cause)}); check the files, or download or "
             "write them again"
         ) from error
 
