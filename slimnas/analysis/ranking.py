@@ -27,7 +27,7 @@ from slimnas.analysis.ranking_stats import (
 from slimnas.analysis.share_run import Step
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import cost
-from slimnas.arch.space import SearchSpace
+from slimnas.arch.space import IDENTITY, SearchSpace, Selection
 from slimnas.errors import AnalysisError, RunFolderError
 from slimnas.train.evaluate import top1_percent
 
@@ -168,17 +168,18 @@ def draw_networks(space: SearchSpace, count: int, *, seed: int) -> tuple[Archite
             f"networks: must be at least {FEWEST}, fewer have no ranking; got {count}"
         )
     rng, wanted = random.Random(seed), max(POOL, 4 * count)
-    pool: dict[str, Architecture] = {}
+    forms: dict[object, Selection] = {}
     draws = 0
-    while len(pool) < wanted and draws < DRAWS_PER_NETWORK * wanted:
-        drawn = space.architecture(space.random(rng))
-        pool.setdefault(drawn.digest, drawn)
+    while len(forms) < wanted and draws < DRAWS_PER_NETWORK * wanted:
+        selection = space.random(rng)
+        forms.setdefault(_form(selection), selection)
         draws += 1
-    if len(pool) < count:
+    if len(forms) < count:
         raise AnalysisError(
-            f"search space {space.name}: {draws} draws gave {len(pool)} different networks, "
+            f"search space {space.name}: {draws} draws gave {len(forms)} different networks, "
             f"{count} are asked for; ask for fewer, at least {FEWEST}, or widen the space"
         )
+    pool = {one.digest: one for one in map(space.architecture, forms.values())}
     sizes = {digest: math.log(cost(one).macs) for digest, one in pool.items()}
     taken = [min(sizes, key=sizes.__getitem__)]
     gaps = {digest: size - sizes[taken[0]] for digest, size in sizes.items()}
@@ -188,6 +189,12 @@ def draw_networks(space: SearchSpace, count: int, *, seed: int) -> tuple[Archite
         newest = sizes[taken[-1]]
         gaps = {digest: min(gap, abs(sizes[digest] - newest)) for digest, gap in gaps.items()}
     return tuple(pool[digest].renamed(f"{space.name}_{digest[:8]}") for digest in taken)
+
+
+def _form(selection: Selection) -> object:
+    """What a selection says of its architecture: not which slots its blocks are in."""
+    blocks = tuple(tuple(c for c in slots if c != IDENTITY) for slots in selection.paths)
+    return selection.widths, blocks
 
 
 def trained_alone(budget: TrainingBudget) -> TrainAlone:
