@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -44,7 +44,7 @@ def cores() -> int:
 
 def decoded_batches(
     reads: Iterable[Read], resolution: tuple[int, int], channels: int
-) -> Iterator[tuple[Tensor, Bad]]:
+) -> Generator[tuple[Tensor, Bad], None, None]:
     """Yield each batch as uint8 (B, C, H, W), undecodable images black and named.
 
     One thread calls the `reads` one after another, as many as there are cores decode. Two batches

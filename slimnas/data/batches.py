@@ -169,7 +169,8 @@ class LazyPixels:
 
     def _read(self, indexes: LongArray, crops: Sequence[CropDraw] | None) -> list[Job]:
         raws = self.table.read(self.rows[indexes].tolist())
-        return [Job(raw, crop) for raw, crop in zip(raws, crops or [None] * len(raws), strict=True)]
+        draws = crops or itertools.repeat(None, len(raws))
+        return [Job(raw, crop) for raw, crop in zip(raws, draws, strict=True)]
 
     def _undecodable(self, row: int, reason: str) -> DataError:
         return DataError(

@@ -300,7 +300,7 @@ class StreamedImages:
 
     def _fetched(self, row: dict[str, Any]) -> dict[str, Any]:
         """Read an image that the row only tells the address of."""
-        import fsspec
+        import fsspec  # type: ignore[import-untyped]
 
         for name in self.source.images:
             image = row[name] or {}
