@@ -182,9 +182,8 @@ def _require_its_data(opened: OpenedRun, spec: str, data: DataSplits) -> None:
 
 def _layer_scale(opened: OpenedRun) -> float | None:
     """Where the supernet's layer scales started: networks alone start there too."""
-    recipe = opened.trained.provenance.get("recipe") or {}
-    value = recipe.get("layer_scale")
-    return None if value is None else float(value)
+    recipe = opened.trained.recipe
+    return None if recipe is None else recipe.layer_scale
 
 
 def _settings(opened: OpenedRun, budget: TrainingBudget) -> dict[str, Any]:
@@ -215,7 +214,8 @@ def _inheriting(opened: OpenedRun, budget: TrainingBudget) -> Callable[[Architec
     def evaluator() -> SelectionEvaluator:  # only where something is left to judge
         supernet.to(budget.accelerator.device)
         data = budget.data.for_search()
-        return open_evaluator(opened.config, supernet, importance, data)
+        order = opened.trained.channel_order()
+        return open_evaluator(opened.config, supernet, importance, data, order=order)
 
     def inherit(architecture: Architecture) -> Inherited:
         selection = place(supernet, architecture)
