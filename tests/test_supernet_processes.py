@@ -38,7 +38,7 @@ def test_a_sandwich_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     one = sandwich_worker.train().state_dict()
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
     parameters = [name for name in one if "running_" not in name and "num_batches" not in name]
-    assert len(parameters) > 100
+    assert len(parameters) > 80
     for name in parameters:
         assert torch.equal(first[name], second[name]), name
         assert (first[name] - one[name]).abs().max() < 1e-9, name
