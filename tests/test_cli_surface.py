@@ -17,9 +17,21 @@ from slimnas.cli.main import app
 COMMANDS = {
     "slimnas": "--debug --version",
     "slimnas search": (
-        "--alpha-lr --batch-size --data --device --epochs --fill --frontier --json --lr "
-        "--max-images --measure --mixing --noise --output --resolution --search-images --seed "
-        "--skip-bad-images --space --supernet --target-latency --tau-end --tau-start --train-on"
+        "--alpha-lr --alpha-warmup --batch-size --data --device --epochs --fill --frontier --json "
+        "--lr --max-images --measure --mixing --noise --output --resolution --sandwich "
+        "--search-images --seed --skip-bad-images --space --supernet --target-latency --tau-end "
+        "--tau-start --train-on"
+    ),
+    "slimnas evaluate": (
+        "--batch-size --crop-pct --data --device --fail-on-disagreement --interpolation --json "
+        "--max-images --normalisation --onnx --output --pretrained --resize --resolution --seed "
+        "--skip-bad-images --split --train-on --weights MODEL"
+    ),
+    "slimnas train": (
+        "--batch-size --data --distillation --drop-path --epochs --from-scratch --images-per-epoch "
+        "--json --lr --max-images --output --precision --pretrained --recipe --resolution --seed "
+        "--set --skip-bad-images --stream --teacher --test-data --tracker --train-on "
+        "--weight-decay --weights MODEL"
     ),
     "slimnas prune": (
         "--basis --batch-size --clock --correction --criterion --data --device --distillation "
@@ -34,6 +46,9 @@ COMMANDS = {
     ),
     "slimnas space": "",
     "slimnas space list": "--json",
+    "slimnas space record": (
+        "--data --evaluate-on --json --output --search-images --selections --walks RUN"
+    ),
     "slimnas space show": "--json SPACE",
     "slimnas space validate": "--json FILES",
     "slimnas latency": "",
@@ -88,6 +103,9 @@ COMMANDS = {
     "slimnas analyze ablate": (
         "--batch-size --data --epochs --importance --json --lr --max-images --output --qk-dims "
         "--resolution --seed --seeds --skip-bad-images --train-on --v-ratios --weights MODEL"
+    ),
+    "slimnas analyze ranking": (
+        "--batch-size --data --epochs --json --lr --networks --output --seed --seeds --train-on RUN"
     ),
     "slimnas zoo": "",
     "slimnas zoo list": "--family --json --zoo PATTERN",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from cli_world import save_table
 from PIL import Image
 from prune_cases import ARCHITECTURES, random_scores
@@ -28,8 +30,11 @@ from slimnas.nn.build import build
 from slimnas.prune.costs import parse_budget
 from slimnas.prune.ratios import RatioSet, channel_ratios
 from slimnas.prune.select import select
+from slimnas.search.config import SearchConfig
 from slimnas.supernet.supernet import Supernet
 from slimnas.supernet.train import TrainedSupernet, save_supernet, weights_digest
+from slimnas.train.network_recipe import NetworkRecipe
+from slimnas.train.recipes import override_recipe
 from slimnas.zoo.entry import save_model
 from slimnas.zoo.metrics import Metric
 from slimnas.zoo.registry import add, get
@@ -56,12 +61,12 @@ LONG_ANALYSES = (
     "share_run.run_share_study",
     "ablate.run_ablation",
     "kept.run_importance",
+    "ranking.run_ranking",
 )
-LONG_COMMANDS = [
-    ["analyze", word]
-    for word in ("attention", "memory", "mhsa-share", "heads", "spectrum", "ablate")
-]
+ANALYSES = ("attention", "memory", "mhsa-share", "heads", "spectrum", "ablate", "ranking")
+LONG_COMMANDS = [["space", "record"], *(["analyze", word] for word in ANALYSES)]
 MEASURING = ("build", "merge", "validate", "kit", "import")
+LAUNCHERS = ("accelerate launch ", "torchrun ")
 NEEDS_OTHER_DATA = ("shards/", "uoft-cs/", "parquet", "cifar10")
 
 
@@ -100,7 +105,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     random = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(20):
+        for i in range(50):
             pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
     for _, text in blocks("csv"):
@@ -108,15 +113,19 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for page, text in blocks("yaml"):
         if page == "formats.md" and "search-space/1" in text:
             (tmp_path / "two_stages.yaml").write_text(text)
+        if "slimnas/recipe/1" in text:
+            (tmp_path / "recipe.yaml").write_text(text)
 
     def started(*_: Any, **__: Any) -> None:
         raise LongWorkError("all is well so far")
 
     monkeypatch.setattr("slimnas.search.run.train_supernet", started)
     monkeypatch.setattr("slimnas.search.run.open_evaluator", started)  # with --supernet
+    monkeypatch.setattr("slimnas.search.record_run.run_from_record", started)  # from a record
     for long_work in LONG_MEASURING:
         monkeypatch.setattr(f"slimnas.measure.{long_work}", started)
     monkeypatch.setattr("slimnas.prune.pretrained.open_start", started)
+    monkeypatch.setattr("slimnas.train.run.fit", started)
     for long_work in LONG_ANALYSES:
         monkeypatch.setattr(f"slimnas.analysis.{long_work}", started)
     save_pruned_run()
@@ -147,11 +156,11 @@ def test_the_readme_begins_with_two_commands() -> None:
 
 
 def test_it_looks_at_every_block() -> None:
-    assert len(SLIMNAS) == 76
+    assert len(SLIMNAS) == 92
     assert len(list(blocks("python"))) == 2
-    assert len(list(blocks("yaml"))) == 2
+    assert len(list(blocks("yaml"))) == 3
     others = [line for _, line in commands() if not line.startswith("slimnas ")]
-    known = (SETUP, ".venv/bin/", "python tools/fit_device_model.py")
+    known = (SETUP, ".venv/bin/", "python tools/fit_device_model.py", *LAUNCHERS)
     assert [line for line in others if not line.startswith(known)] == []
 
 
@@ -161,16 +170,25 @@ def test_commands(page: str, line: str, world: Path) -> None:
     if any(word.startswith(NEEDS_OTHER_DATA) for word in words):
         words[words.index("--data") + 1] = "photos"
     if "--supernet" in words:
-        supernet_of_the_run(Path(words[words.index("--supernet") + 1]))
+        supernet = Path(words[words.index("--supernet") + 1])
+        if supernet.suffix == ".yaml":
+            shutil.copy(ROOT / "search_spaces/records/efficientformer_tiny.yaml", supernet)
+        elif supernet.name != "shipped":
+            supernet_of_the_run(supernet)
+    if words[:2] in (["analyze", "ranking"], ["space", "record"]):
+        searched_run(Path(words[2]))
     if words[:2] in (["zoo", "show"], ["zoo", "export"]) and words[2] == "fast":
         add(RUN, name="fast")
+    if words[:2] == ["evaluate", "fast"]:
+        add(RUN, name="fast")
+        assert main(["zoo", "export", "fast", "--output", words[words.index("--onnx") + 1]]) == 0
     if words[:2] == ["zoo", "export"] and words[2] == "deit_small_enough":
         add(PRUNED / "found" / "macs_0.9G", name="deit_small_enough")
     pruning = words[0] == "prune" and words[1] != "rules"
     if pruning and "local-deit" in words:
         save_table(Path("lookup_tables/local-deit"), SearchSpace.load("efficientformer_tiny"))
     measuring = words[0] == "latency" and words[1] in MEASURING
-    timing = words[:2] in LONG_COMMANDS
+    timing = words[:2] in LONG_COMMANDS or words[0] in ("evaluate", "train")
     if pruning or words[0] == "search" or measuring or timing:
         with pytest.raises(LongWorkError, match="all is well"):
             main(words)
@@ -184,6 +202,18 @@ def supernet_of_the_run(path: Path) -> None:
     data = open_data("digits", resolution=(32, 32), channels=3, seed=0)
     provenance = {"seed": 0, "data": data.digest}
     save_supernet(path, TrainedSupernet(supernet, weights_digest(supernet), provenance))
+
+
+def searched_run(folder: Path) -> None:
+    supernet_of_the_run(folder / "supernet.safetensors")
+    SearchConfig(
+        space="efficientformer_tiny",
+        space_digest="",
+        device="iphone12",
+        table_digest="",
+        targets_ms=(1.6,),
+        resolution=32,
+    ).save(folder / "config.yaml")
 
 
 @pytest.mark.parametrize(("page", "text"), list(blocks("python")))
@@ -200,6 +230,8 @@ def test_python(page: str, text: str, world: Path) -> None:
 def test_yaml(page: str, text: str) -> None:
     if "search-space/1" in text:
         assert len(SearchSpace.from_yaml(text).stages) == 2
+    elif "slimnas/recipe/1" in text:
+        assert override_recipe(NetworkRecipe(), yaml.safe_load(text.partition("\n")[2])).mixup == 0.2
     else:
         assert Architecture.from_yaml(text) == Architecture.load(
             ROOT / "slimnas/zoo/models/efficientformer_l1.yaml"

@@ -106,7 +106,7 @@ def test_a_sources_own_test_images(tmp_path: Path) -> None:
     both = open_images(request(data=str(tmp_path / "d"), options=options, classes=2, split="all"))
     assert len(both) == 17
     assert both.name(12) == test.name(0)
-    with pytest.raises(IndexError):
+    with pytest.raises(IndexError, match="17"):
         both.name(17)
     pixels, labels = all_of(both, 4)
     assert torch.equal(pixels[12:], all_of(test)[0])

@@ -213,7 +213,8 @@ def confusion_figure(report: EvaluationReport) -> Figure:
     side_in = min(7.6, max(3.4, 0.34 * len(chosen) + 1.2))
     shades = LinearSegmentedColormap.from_list("heat", [light for light, _ in HEAT])
     with drawing_style():
-        figure = Figure(figsize=(side_in + 0.9, side_in + 0.5), layout="constrained")
+        figure = Figure(figsize=(side_in + 1.0, side_in + 0.6))
+        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.08)
         axes = figure.add_subplot()
         image = axes.imshow(
             np.ma.masked_equal(shares, 0.0),
@@ -225,9 +226,14 @@ def confusion_figure(report: EvaluationReport) -> Figure:
             _number_cells(axes, counts, shares)
         places = range(len(chosen))
         size = 7 if len(chosen) <= NUMBERED else 6
-        axes.set_xticks(places, labels, rotation=90, fontsize=size)
+        turn = 90 if max(map(len, labels)) > 3 else 0
+        axes.set_xticks(places, labels, rotation=turn, fontsize=size)
         axes.set_yticks(places, labels, fontsize=size)
-        axes.tick_params(length=0)
+        borders = np.arange(len(chosen) - 1) + 0.5
+        axes.set_xticks(borders, minor=True)
+        axes.set_yticks(borders, minor=True)
+        axes.grid(which="minor")
+        axes.tick_params(which="both", length=0)
         axes.set(xlabel="predicted", ylabel="class")
         axes.set_title(_matrix_title(found, len(chosen)), loc="left", fontsize=8.5)
         bar = figure.colorbar(
@@ -250,7 +256,7 @@ def reliability_figure(found: Evaluation) -> Figure:
     with drawing_style():
         figure = Figure(figsize=(RELIABILITY_IN, 5.2), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-        upper.plot([0, 100], [0, 100], color=ink("edge"), lw=1.0, ls=(0, (4, 2)), zorder=2)
+        upper.plot([0, 100], [0, 100], color=ink("muted"), lw=1.0, ls=(0, (4, 2)), zorder=6)
         for one in bins:
             assert one.accuracy is not None
             assert one.confidence is not None
@@ -350,7 +356,7 @@ def _legend() -> list[Any]:
     return [
         Patch(color=ink("mb4d"), label="right answers"),
         Patch(facecolor="none", edgecolor=ink("mb3d"), hatch="////", label="gap to confidence"),
-        Line2D([], [], color=ink("edge"), lw=1.0, ls=(0, (4, 2)), label="calibrated"),
+        Line2D([], [], color=ink("muted"), lw=1.0, ls=(0, (4, 2)), label="calibrated"),
         Line2D([], [], color=ink("mb4d"), lw=1.3, label="top-1"),
         Line2D([], [], color=ink("mb3d"), lw=1.3, ls=(0, (3, 2)), label="mean confidence"),
         Line2D([], [], color=ink("ink"), lw=0.9, label="95 % interval"),

@@ -92,10 +92,11 @@ class EvaluationImages:
 
     def name(self, index: int) -> str:
         """What to call an image: its file, or its number."""
+        place = index
         for table, part in self.parts:
-            if index < len(part.labels):
-                return table.name(int(part.rows[index]))
-            index -= len(part.labels)
+            if place < len(part.labels):
+                return table.name(int(part.rows[place]))
+            place -= len(part.labels)
         raise IndexError(index)
 
     def batches(
