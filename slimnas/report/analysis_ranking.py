@@ -112,7 +112,7 @@ def ranking_figure(found: Ranking, space: str = "", width_in: float = WIDE_IN) -
         figure = Figure(figsize=(width_in, 2.9 * rows + 0.5), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for panel, axes in zip(PANELS, (axes for line in grid for axes in line), strict=True):
-            _frame(axes, panel, found)
+            _frame(axes, panel, found, narrow=is_narrow(width_in))
             _draw(axes, panel, found)
         for line in grid:
             line[0].set_ylabel("top-1 on SEARCH, trained alone, %")
@@ -132,11 +132,12 @@ def _values(panel: _Panel, found: Ranking) -> list[float]:
     return [panel.factor * predict(one) for one in found.networks]
 
 
-def _frame(axes: Axes, panel: _Panel, found: Ranking) -> None:
+def _frame(axes: Axes, panel: _Panel, found: Ranking, *, narrow: bool) -> None:
     agreement = found.of(panel.predictor).search
     tau = with_interval(agreement.tau, agreement.tau_interval)
     rho = "-" if agreement.spearman is None else f"{agreement.spearman:.2f}"
-    title = f"{WORDS[panel.predictor]}: Kendall τ {tau}, Spearman ρ {rho}"
+    names = ("τ", "ρ") if narrow else ("Kendall τ", "Spearman ρ")
+    title = f"{WORDS[panel.predictor]}: {names[0]} {tau}, {names[1]} {rho}"
     axes.set_title(title, loc="left", fontsize=8.5, color=ink("ink"))
     axes.set_xlabel(panel.label)
     values = _values(panel, found)
