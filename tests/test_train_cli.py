@@ -280,7 +280,7 @@ def test_two_processes_speak_with_one_voice(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["--set accumulation=3", "--data nowhere", "--recipe quik"])
+@pytest.mark.parametrize("arguments", ["--set accumulation=3", "--recipe quik"])
 def test_two_processes_fail_with_one_line(arguments: str, tmp_path: Path) -> None:
     lay_out(tmp_path)
     done = shell(tmp_path, *TRAIN, *arguments.split(), launcher=LAUNCHER)

@@ -71,8 +71,8 @@ def _lines(inputs: Inputs, result: TrainResult) -> Iterator[str]:
     made = result.provenance
     yield (
         f"{result.architecture.name}: {counted.params / 1e6:.2f} M parameters, "
-        f"{counted.macs / 1e9:.3f} GMACs, trained on {result.train_images} images of {config.data} "
-        f"for {result.epochs} epochs (recipe {config.recipe_name})"
+        f"{counted.macs / 1e6:,.1f} M multiply-adds, trained on {result.train_images} images of "
+        f"{config.data} for {result.epochs} epochs (recipe {config.recipe_name})"
     )
     if result.top1 is None:
         yield "no TEST images: top-1 unknown; give --test-data next time"

@@ -202,8 +202,8 @@ def _metrics(
     said = (
         f"measured on {len(data.test)} TEST images of {config.test_data or config.data} at {side} "
         f"px on {provenance['date']} with torch {provenance['versions']['torch']} on "
-        f"{provenance['device']}, {provenance['precision']} training, fp32 here; averaged weights "
-        f"after {config.recipe.epochs} epochs (recipe {config.recipe_name}, seed {config.seed}), "
-        "not picked on TEST"
+        f"{provenance['device']}, trained in {provenance['precision']}, judged in fp32; averaged "
+        f"weights after {config.recipe.epochs} epochs (recipe {config.recipe_name}, seed "
+        f"{config.seed}), not picked on TEST"
     )
     return {ACCURACY: Metric(top1, said), **metrics}
