@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from slimnas.supernet.train import Progress as TrainingProgress
 
 
+LINES_EVERY = 25
+"""Networks of a record per line of a log."""
+
+
 class SearchProgress(RunProgress):
     """A listener of `slimnas.search.run.run_search` that draws on stderr."""
 
@@ -80,3 +84,23 @@ class SearchProgress(RunProgress):
         if self._slimming is not None:
             self._bars.update(self._slimming, state=self._last_step)
         self._log(self._last_step)
+
+
+class RecordProgress(RunProgress):
+    """A listener of `slimnas.search.record_making.make_record` that draws on stderr."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._task: TaskID | None = None
+
+    def measured(self, number: int, total: int, top1: float) -> None:
+        """Move the bar; now and then write a line where there is no terminal."""
+        if self._task is None:
+            self._task = self._bars.add_task("measuring", total=total, state="")
+        self._bars.update(self._task, completed=number, total=total, state=f"top-1 {top1:.1f} %")
+        if number % LINES_EVERY == 0:
+            self._log(f"measured {number}/{total} networks")
+
+    def fitting(self) -> None:
+        """Say that what was measured is being fitted."""
+        self._log("fitting what predicts the others, and its error on networks held out")

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
+from slimnas.cli.processes import is_main_process
 from slimnas.cli.runs import RUNS, RunOn, no_empty_folder, says_how_to_go_on
+from slimnas.cli.search_record import inputs_from_record, refuse_unused, run_record
 
 if TYPE_CHECKING:
     from slimnas.arch.space import SearchSpace
+    from slimnas.data.splits import DataSplits
     from slimnas.latency.table import LatencyTable
     from slimnas.measure.local import LocalDevice
     from slimnas.search.config import SearchConfig
+    from slimnas.search.record import SearchRecord
     from slimnas.supernet.train import TrainedSupernet
 
 DEFAULT_SPACE = "efficientformer_tiny"
@@ -55,6 +59,7 @@ class SearchInputs:
         table: the latency table.
         supernet: a trained one; None trains it.
         meter: measures found networks on the table's device; or why nothing can.
+        record: what stands in for a supernet.
     """
 
     config: SearchConfig
@@ -62,6 +67,7 @@ class SearchInputs:
     table: LatencyTable
     supernet: TrainedSupernet | None
     meter: LocalDevice | str
+    record: SearchRecord | None = None
 
 
 def search(
@@ -80,7 +86,11 @@ def search(
         Path | None, typer.Option(help="Run folder; else runs/SPACE-DATA-DEVICE-TARGET.")
     ] = None,
     supernet: Annotated[
-        Path | None, typer.Option(help="Trained supernet of another run, instead of training.")
+        str | None,
+        typer.Option(
+            help="Instead of training: a trained supernet of another run, or what one said about "
+            "the space: 'shipped', or a record file (.yaml)."
+        ),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Training epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images per step.")] = None,
@@ -90,8 +100,18 @@ def search(
     ] = None,
     tau_start: Annotated[float | None, typer.Option(help="First temperature.")] = None,
     tau_end: Annotated[float | None, typer.Option(help="Last temperature.")] = None,
-    mixing: Annotated[Mixing, typer.Option(help="sampled: one path runs.")] = Mixing.SAMPLED,
-    noise: Annotated[Noise, typer.Option(help="uniform: as the paper.")] = Noise.GUMBEL,
+    alpha_warmup: Annotated[
+        float | None,
+        typer.Option(help="Share of the training before architecture parameters move."),
+    ] = None,
+    sandwich: Annotated[
+        int | None,
+        typer.Option(help="Networks trained beside the sampled one: largest, smallest, random."),
+    ] = None,
+    mixing: Annotated[
+        Mixing | None, typer.Option(help="sampled (one path runs) or soft (all do).")
+    ] = None,
+    noise: Annotated[Noise | None, typer.Option(help="gumbel, or uniform as the paper.")] = None,
     resolution: Annotated[
         int | None, typer.Option(min=1, help="Side of training images; else the space's.")
     ] = None,
@@ -135,6 +155,7 @@ def search(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from slimnas.latency.target import parse_latency_ms
+    from slimnas.search.record import is_record
 
     recipe = {
         "epochs": epochs,
@@ -143,8 +164,10 @@ def search(
         "alpha_lr": alpha_lr,
         "tau_start": tau_start,
         "tau_end": tau_end,
-        "mixing": mixing.value,
-        "noise": noise.value,
+        "alpha_warmup": alpha_warmup,
+        "sandwich": sandwich,
+        "mixing": mixing and mixing.value,
+        "noise": noise and noise.value,
     }
     settings = {
         "data": data,
@@ -159,14 +182,21 @@ def search(
     }
     targets_ms = sorted({parse_latency_ms(text) for text in target_latency})
     given = {key: value for key, value in recipe.items() if value is not None}
-    inputs = _open_inputs(space, supernet, device, targets_ms, settings, given)
+    if supernet is not None and is_record(supernet):
+        refuse_unused(settings, given)
+        inputs = inputs_from_record(supernet, space, device, targets_ms, settings)
+    else:
+        inputs = _open_inputs(space, supernet, device, targets_ms, settings, given)
     folder = output or RUNS / _run_name(inputs)
-    _run(inputs, folder, train_on.value, as_json)
+    if inputs.record is None:
+        _run(inputs, folder, train_on.value, as_json)
+    elif is_main_process():
+        run_record(inputs, inputs.record, folder, as_json)
 
 
 def _open_inputs(
     space_name: str | None,
-    supernet_path: Path | None,
+    supernet_path: str | None,
     device: str,
     targets_ms: list[float],
     settings: dict[str, Any],
@@ -178,7 +208,8 @@ def _open_inputs(
     from slimnas.latency.devices import find_device, provenance_line
     from slimnas.search.checks import check_before_data, space_digest, table_digest
     from slimnas.search.config import SearchConfig
-    from slimnas.supernet.train import SupernetRecipe, load_supernet
+    from slimnas.supernet.recipe import recipe_for
+    from slimnas.supernet.train import load_supernet
 
     table = find_device(device)
     note(f"latency table: {provenance_line(table)}")
@@ -189,7 +220,7 @@ def _open_inputs(
         space = trained.supernet.space
     else:
         space = SearchSpace.load(space_name or DEFAULT_SPACE)
-    made = None if trained else parse_spec(SupernetRecipe, recipe, source="command line")
+    made = None if trained else recipe_for(space, recipe, source=_space_source(space_name))
     defaults = {"resolution": trained.supernet.resolution if trained else space.supernet.resolution}
     config = parse_spec(
         SearchConfig,
@@ -207,16 +238,24 @@ def _open_inputs(
         source="command line",
     )
     check_before_data(space, table, config)
-    return SearchInputs(config, space, table, trained, _meter(config, table, space))
+    return SearchInputs(config, space, table, trained, meter_of(config, table, space))
 
 
-def _meter(config: SearchConfig, table: LatencyTable, space: SearchSpace) -> LocalDevice | str:
+def _space_source(name: str | None) -> str:
+    """How messages call the file of a space."""
+    name = name or DEFAULT_SPACE
+    return name if name.endswith((".yaml", ".yml")) else f"search space {name}"
+
+
+def meter_of(config: SearchConfig, table: LatencyTable, space: SearchSpace) -> LocalDevice | str:
     """What measures on the table's device, or why nothing can from here."""
     from slimnas.errors import LatencyTableError, RuntimeUnavailableError
     from slimnas.measure.local import open_local
 
     if not config.measure:
         return "--no-measure was given"
+    if not is_main_process():
+        return "the main process measures"
     try:
         return open_local(table, space)
     except (LatencyTableError, RuntimeUnavailableError) as error:
@@ -227,23 +266,18 @@ def _run(inputs: SearchInputs, folder: Path, train_on: str, as_json: bool) -> No
     from slimnas._lock import folder_lock
     from slimnas.cli.progress import SearchProgress
     from slimnas.cli.search_output import json_body, print_result, write_search_report
-    from slimnas.data.splits import open_data
     from slimnas.search.checks import check_search, require_fitting
     from slimnas.search.config import claim, refuse_other_run
     from slimnas.search.run import RunOptions, run_search
     from slimnas.train.loop import accelerator_for
 
     config = inputs.config
+    if not is_main_process():
+        _join(inputs, folder, train_on)
+        return
     with no_empty_folder(folder), folder_lock(folder):
         refuse_other_run(folder, config)
-        data = open_data(
-            config.data,
-            resolution=(config.resolution, config.resolution),
-            channels=inputs.space.input.channels,
-            seed=config.seed,
-            skip_bad_images=config.skip_bad_images,
-            max_images=config.max_images,
-        )
+        data = _images(inputs)
         space = inputs.space.with_classes(data.classes)
         check_search(space, inputs.table, config)
         if inputs.supernet is not None:
@@ -276,9 +310,34 @@ def _run(inputs: SearchInputs, folder: Path, train_on: str, as_json: bool) -> No
         print_result(inputs, result, folder, page)
 
 
+def _join(inputs: SearchInputs, folder: Path, train_on: str) -> None:
+    """A process beside the main one: it takes its part in the training, and is done."""
+    from slimnas.search.run import join_training
+
+    data = _images(inputs)
+    space = inputs.space.with_classes(data.classes)
+    join_training(inputs.config, space, data.for_search(), folder, train_on=train_on)
+
+
+def _images(inputs: SearchInputs) -> DataSplits:
+    from slimnas.data.splits import open_data
+
+    config = inputs.config
+    return open_data(
+        config.data,
+        resolution=(config.resolution, config.resolution),
+        channels=inputs.space.input.channels,
+        seed=config.seed,
+        skip_bad_images=config.skip_bad_images,
+        max_images=config.max_images,
+    )
+
+
 def _run_name(inputs: SearchInputs) -> str:
     from slimnas.latency.target import latency_label
 
     targets = "-".join(latency_label(target_ms) for target_ms in inputs.config.targets_ms)
+    if inputs.record is not None:
+        return "-".join((inputs.space.name, "record", inputs.table.device.name, targets))
     data = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(inputs.config.data).name).strip("-")
     return "-".join((inputs.space.name, data, inputs.table.device.name, targets))

@@ -14,25 +14,22 @@ from slimnas.cli.output import shown_path
 if TYPE_CHECKING:
     from slimnas.cli.search import SearchInputs
     from slimnas.data.splits import DataSplits
+    from slimnas.report.run import DataSummary
     from slimnas.search.found import Found, Reference
     from slimnas.search.measurements import Measurement
     from slimnas.search.run import SearchResult
 
 
 def write_search_report(
-    inputs: SearchInputs, result: SearchResult, data: DataSplits, folder: Path
+    inputs: SearchInputs, result: SearchResult, data: DataSplits | None, folder: Path
 ) -> Path:
-    """Write the run's report; returns its page."""
+    """Write the run's report; returns its page. Without data, a record says what they were."""
+    from slimnas._versions import versions
     from slimnas.latency.regime import regimes
     from slimnas.report.html import write_report
-    from slimnas.report.run import DataSummary, FoundNetwork, ReferenceNetwork, RunReport
-    from slimnas.search.run import CORRECTED_TABLE
-    from slimnas.search.versions import versions
+    from slimnas.report.run import FoundNetwork, ReferenceNetwork, RunReport
 
     config = inputs.config
-    first = shown_path(result.found[0].folder)
-    corrected = folder / CORRECTED_TABLE
-    prices = shown_path(corrected) if corrected.is_dir() else config.device
     report = RunReport(
         name=folder.resolve().name,
         space=result.space,
@@ -50,6 +47,7 @@ def write_search_report(
                 folder=shown_path(found.folder),
                 measurement=found.measurement,
                 rounds=found.rounds,
+                is_predicted=found.is_predicted,
             )
             for found in result.found
         ),
@@ -60,31 +58,83 @@ def write_search_report(
             estimate=result.reference.estimate,
             search_top1=result.reference.search_top1,
         ),
-        data=DataSummary(
-            source=config.data,
-            classes=data.classes,
-            images={
-                "train": len(data.train),
-                "search": len(data.search),
-                "test": len(data.test),
-            },
-            resolution=config.resolution,
-            evaluated_images=result.evaluated_images,
-        ),
-        settings={**config.model_dump(mode="json"), "supernet digest": result.trained.digest},
+        data=_data_summary(inputs, result, data),
+        settings={**config.model_dump(mode="json"), "supernet digest": _digest(result)},
         training=result.training,
         command=shlex.join(["slimnas", *sys.argv[1:]]),
         versions=versions(),
         unmeasured=_unmeasured(result),
         regimes=tuple(one.sentence for one in regimes(inputs.table, result.space)),
         files=_files(folder, result),
-        next_commands={
-            "add it to your zoo": f"slimnas zoo add {first}",
-            "export it to ONNX": f"slimnas zoo export {first} --format onnx",
-            "price it by component": f"slimnas latency estimate {first} --device {prices}",
-        },
+        next_commands=_next_commands(inputs, result, folder),
+        evidence=evidence(inputs, result),
+        from_record=result.record is not None,
     )
     return write_report(report, folder)[0]
+
+
+def evidence(inputs: SearchInputs, result: SearchResult) -> tuple[str, ...]:
+    """What the search judged candidates by, one sentence each."""
+    from slimnas.cli.search_record import record_lines
+
+    if result.record is not None:
+        return tuple(record_lines(result.record))
+    config = inputs.config
+    how = "trained in this run" if config.recipe is not None else "trained before"
+    return (
+        f"a supernet {how} on {config.data} at {config.resolution} px, candidates measured on "
+        f"{result.evaluated_images:,} SEARCH images",
+    )
+
+
+def _digest(result: SearchResult) -> str:
+    """Of the supernet behind every top-1."""
+    if result.trained is not None:
+        return result.trained.digest
+    assert result.record is not None
+    return result.record.supernet_digest
+
+
+def _data_summary(
+    inputs: SearchInputs, result: SearchResult, data: DataSplits | None
+) -> DataSummary:
+    from slimnas.report.run import DataSummary
+
+    if data is not None:
+        classes = data.classes
+        images = {name: len(getattr(data, name)) for name in ("train", "search", "test")}
+    else:
+        assert result.record is not None
+        classes, images = result.record.data.classes, result.record.data.images
+    return DataSummary(
+        source=inputs.config.data,
+        classes=classes,
+        images=images,
+        resolution=inputs.config.resolution,
+        evaluated_images=result.evaluated_images,
+    )
+
+
+def _next_commands(inputs: SearchInputs, result: SearchResult, folder: Path) -> dict[str, str]:
+    from slimnas.search.run import CORRECTED_TABLE
+
+    first = shown_path(result.found[0].folder)
+    corrected = folder / CORRECTED_TABLE
+    prices = shown_path(corrected) if corrected.is_dir() else inputs.config.device
+    with_weights = {
+        "add it to your zoo": f"slimnas zoo add {first}",
+        "export it to ONNX": f"slimnas zoo export {first} --format onnx",
+    }
+    return {
+        "train it": train_command(result.found[0]),
+        **(with_weights if result.found[0].has_weights else {}),
+        "price it by component": f"slimnas latency estimate {first} --device {prices}",
+    }
+
+
+def train_command(found: Found) -> str:
+    """What trains a found network."""
+    return f"slimnas train {shown_path(found.folder)} --data YOUR_DATA"
 
 
 def _files(folder: Path, result: SearchResult) -> dict[str, str]:
@@ -106,7 +156,7 @@ def _files(folder: Path, result: SearchResult) -> dict[str, str]:
     for found in result.found:
         for name, what in (
             ("architecture.yaml", "found network"),
-            ("weights.safetensors", "its inherited weights"),
+            *((("weights.safetensors", "its inherited weights"),) if found.has_weights else ()),
             ("metrics.json", "its figures with provenance"),
         ):
             files[shown_path(found.folder / name)] = f"{what}, target {found.target_ms:g} ms"
@@ -128,7 +178,8 @@ def json_body(inputs: SearchInputs, result: SearchResult, folder: Path) -> dict[
     return {
         "run": shown_path(folder),
         "device": {"name": device.name, "kind": device.kind},
-        "supernet_digest": result.trained.digest,
+        "supernet_digest": _digest(result),
+        "evidence": _evidence_body(inputs, result),
         "unmeasured": _unmeasured(result),
         "regimes": [one.sentence for one in regimes(inputs.table, result.space)],
         "reference": None
@@ -152,15 +203,29 @@ def json_body(inputs: SearchInputs, result: SearchResult, folder: Path) -> dict[
                 "params": found.cost.params,
                 "macs": found.cost.macs,
                 "search_top1": found.search_top1,
+                "search_top1_kind": "predicted" if found.is_predicted else "measured",
                 "steps": found.steps,
                 "widths": list(found.architecture.widths),
                 "depths": list(found.architecture.depths),
                 "architecture_digest": found.architecture.digest,
                 "architecture": shown_path(found.folder / "architecture.yaml"),
-                "weights": shown_path(found.folder / "weights.safetensors"),
+                "weights": shown_path(found.folder / "weights.safetensors")
+                if found.has_weights
+                else None,
             }
             for found in result.found
         ],
+    }
+
+
+def _evidence_body(inputs: SearchInputs, result: SearchResult) -> dict[str, Any]:
+    record = result.record
+    kind = "trained" if inputs.config.recipe is not None else "supernet"
+    return {
+        "kind": kind if record is None else "record",
+        "said": list(evidence(inputs, result)),
+        "record_digest": None if record is None else record.digest,
+        "held_out": [] if record is None else [one.model_dump() for one in record.errors],
     }
 
 
@@ -191,14 +256,7 @@ def print_result(inputs: SearchInputs, result: SearchResult, folder: Path, page:
     timed = ("measured ms", "of target") if any(found.rounds for found in result.found) else ()
     for heading in ("params M", "GMACs", "latency ms", "interval", *timed, "search top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
-    rows: list[tuple[str, Any, str]] = [
-        (f"found for {found.target_ms:g} ms", found, f"{found.search_top1:.1f} %")
-        for found in result.found
-    ]
-    reference = result.reference
-    if reference is not None:
-        top1 = "-" if reference.search_top1 is None else f"{reference.search_top1:.1f} %"
-        rows.append(("EfficientFormer-L1", reference, top1))
+    rows = _result_rows(result)
     for name, row, top1 in rows:
         low, high = row.estimate.interval_ms
         counted = cost(row.architecture)
@@ -219,19 +277,56 @@ def print_result(inputs: SearchInputs, result: SearchResult, folder: Path, page:
     console.print(
         f"latency by the {inputs.table.device.kind} table {inputs.table.device.name}; top-1 on "
         f"{result.evaluated_images} SEARCH images of {inputs.config.data} at "
-        f"{inputs.config.resolution} px, inherited weights",
+        f"{inputs.config.resolution} px, {_judged(result)}",
         highlight=False,
     )
+    for line in evidence(inputs, result):
+        console.print(f"evidence: {line}", highlight=False, soft_wrap=True)
     if not counts:
         for name, row, _ in rows:
             console.print(f"{name}: {block_mix(row.architecture)}", highlight=False)
-    for line in _measuring_lines(result):
+    said = [
+        *_measuring_lines(result),
+        *(regime.sentence for regime in regimes(inputs.table, result.space)),
+        f"supernet digest {_digest(result)[:16]}",
+        *(
+            f"no weights for {found.target_ms:g} ms; train it: {train_command(found)}"
+            for found in result.found
+            if not found.has_weights
+        ),
+    ]
+    for line in said:
         console.print(line, highlight=False, soft_wrap=True)
-    for regime in regimes(inputs.table, result.space):
-        console.print(regime.sentence, highlight=False, soft_wrap=True)
-    console.print(f"supernet digest {result.trained.digest[:16]}", highlight=False)
     for path in (page, *(Path(name) for name in _files(folder, result))):
         typer.echo(shown_path(path))
+
+
+def _result_rows(result: SearchResult) -> list[tuple[str, Found | Reference, str]]:
+    """Name, network and top-1 of every row of the table."""
+
+    def shown(top1: float | None, *, is_predicted: bool) -> str:
+        return "-" if top1 is None else f"{'about ' if is_predicted else ''}{top1:.1f} %"
+
+    rows: list[tuple[str, Found | Reference, str]] = [
+        (
+            f"found for {found.target_ms:g} ms",
+            found,
+            shown(found.search_top1, is_predicted=found.is_predicted),
+        )
+        for found in result.found
+    ]
+    reference = result.reference
+    if reference is not None:
+        top1 = shown(reference.search_top1, is_predicted=result.record is not None)
+        rows.append(("EfficientFormer-L1", reference, top1))
+    return rows
+
+
+def _judged(result: SearchResult) -> str:
+    """What top-1 figures are of."""
+    if result.record is None:
+        return "inherited weights"
+    return "weights inherited from the record's supernet ('about': predicted, not measured)"
 
 
 def _measured_cells(row: Found | Reference) -> tuple[str, str]:

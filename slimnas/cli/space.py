@@ -1,4 +1,4 @@
-"""`slimnas space`: list, show and validate search spaces."""
+"""`slimnas space`: list, show, validate and record search spaces."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimnas.cli.output import JsonOption, print_json
+from slimnas.cli.search_record import record_lines
+from slimnas.cli.space_record import record
 
 if TYPE_CHECKING:
     from slimnas.arch.space import SearchSpace, Selection
 
 app = typer.Typer(no_args_is_help=True, help="Search spaces: which networks a search may find.")
+app.command("record")(record)
 
 SpaceArgument = Annotated[str, typer.Argument(help="Name of a shipped space, or a .yaml file.")]
 
@@ -36,11 +39,14 @@ def show(space: SpaceArgument, as_json: JsonOption = False) -> None:
     from slimnas.arch.space import SearchSpace
 
     loaded = SearchSpace.load(space)
+    said = _record_lines(loaded)
     if as_json:
-        print_json({**_summary(loaded), "space": loaded.model_dump(mode="json")})
+        print_json({**_summary(loaded), "space": loaded.model_dump(mode="json"), "record": said})
         return
     typer.echo(loaded.to_yaml().rstrip())
     typer.echo(f"# {_line(_summary(loaded))}")
+    for line in said:
+        typer.echo(f"# {line}")
 
 
 @app.command()
@@ -55,7 +61,9 @@ def validate(
     faults, rows = [], []
     for file in files:
         try:
-            rows.append({"file": str(file), **_summary(SearchSpace.load(file))})
+            space = SearchSpace.load(file)
+            _check_recipe(space, file)
+            rows.append({"file": str(file), **_summary(space)})
         except SlimnasError as error:
             faults.append(str(error))
     if as_json:
@@ -65,6 +73,22 @@ def validate(
             typer.echo(f"ok: {row['file']}: {_line(row)}")
     if faults:
         raise SpecError("\n".join(faults))
+
+
+def _record_lines(space: SearchSpace) -> list[str]:
+    """What the record that ships with a space is, for `slimnas search --supernet shipped`."""
+    from slimnas.search.record import shipped_record
+
+    shipped = shipped_record(space)
+    return [] if shipped is None else record_lines(shipped)
+
+
+def _check_recipe(space: SearchSpace, file: Path) -> None:
+    if space.supernet.recipe is None:
+        return
+    from slimnas.supernet.recipe import space_recipe  # imports torch, so only where it is needed
+
+    space_recipe(space, source=str(file))
 
 
 def _summary(space: SearchSpace) -> dict[str, Any]:

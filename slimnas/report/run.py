@@ -47,6 +47,7 @@ class FoundNetwork(PricedNetwork):
         folder: where its architecture and weights are.
         measurement: of the exported network on the device; none where that was out of reach.
         rounds: every network measured for the target, in order.
+        is_predicted: whether `search_top1` was predicted from a search record, not measured.
     """
 
     target_ms: float
@@ -56,6 +57,7 @@ class FoundNetwork(PricedNetwork):
     folder: str
     measurement: Measurement | None = None
     rounds: tuple[Measurement, ...] = ()
+    is_predicted: bool = False
 
     @property
     def measured_ms(self) -> float | None:
@@ -116,6 +118,8 @@ class RunReport:
         regimes: of each stage by the table: whether latency follows depth or width.
         files: path to what it holds, of everything the run wrote.
         next_commands: what to do to the command that does it.
+        evidence: what the search judged candidates by, one sentence each.
+        from_record: whether that was a search record, so that the found networks have no weights.
     """
 
     name: str
@@ -134,3 +138,5 @@ class RunReport:
     regimes: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     next_commands: Mapping[str, str] = field(default_factory=dict)
+    evidence: tuple[str, ...] = ()
+    from_record: bool = False

@@ -10,20 +10,22 @@ from slimnas.arch.cost import CostReport, cost
 from slimnas.arch.space import SearchSpace, Selection
 from slimnas.errors import MissingLatencyError, SpecError
 from slimnas.latency.estimate import Estimate, estimate
-from slimnas.latency.table import LatencyTable
+from slimnas.latency.table import DeviceInfo, LatencyTable
 from slimnas.latency.target import latency_label
 from slimnas.search.closing import Answer
 from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
 from slimnas.search.measurements import Measurement
+from slimnas.search.slimming import Evaluate
 from slimnas.search.trajectory import Trajectory
-from slimnas.supernet.inherit import place
+from slimnas.supernet.inherit import Alphas, place_by
 from slimnas.supernet.train import TrainedSupernet
 from slimnas.zoo.entry import FOUND, save_model
 from slimnas.zoo.metrics import Metric
 from slimnas.zoo.registry import get
 
 REFERENCE = "efficientformer_l1"
+SOURCE = "slimnas search, greedy latency-driven slimming"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Found:
         folder: where its files are.
         measurement: on the table's device; none where that was out of reach.
         rounds: every network measured for the target.
+        has_weights: whether inherited weights are among its files; not if it was found from a
+            search record.
+        is_predicted: whether `search_top1` was predicted from a search record, not measured.
     """
 
     target_ms: float
@@ -53,6 +58,8 @@ class Found:
     folder: Path
     measurement: Measurement | None = None
     rounds: tuple[Measurement, ...] = ()
+    has_weights: bool = True
+    is_predicted: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,10 @@ def save_found(origin: Origin, trajectory: Trajectory, answer: Answer, folder: P
         RunFolderError: `folder` cannot be written.
     """
     selection, _, top1 = trajectory.states[answer.steps]
-    target_ms = answer.target_ms
-    name = f"{origin.space.name}_{origin.table.device.name}_{latency_label(target_ms)}"
+    name = found_name(origin.space, origin.table, answer.target_ms)
     provenance = {
-        "source": "slimnas search, greedy latency-driven slimming",
-        "target_ms": target_ms,
+        "source": SOURCE,
+        "target_ms": answer.target_ms,
         "seed": origin.config.seed,
         "supernet_digest": origin.trained.digest,
         "table_digest": origin.config.table_digest,
@@ -104,12 +110,15 @@ def save_found(origin: Origin, trajectory: Trajectory, answer: Answer, folder: P
     network = origin.evaluator.inheritance.extract(architecture, selection=selection)
     state = {**network.state_dict(), **origin.evaluator.calibrated_buffers(selection)}
     priced, counted = estimate(architecture, answer.table), cost(architecture)
-    metrics = _metrics(origin, priced, counted, top1)
-    if answer.measurement is not None:
-        metrics |= _measured_metrics(origin, answer.measurement)
+    inherited = Metric(
+        top1,
+        f"measured on {origin.images} SEARCH images of {origin.config.data} at "
+        f"{origin.config.resolution} px, weights inherited from the supernet, not fine-tuned",
+    )
+    metrics = found_metrics(origin.table, priced, counted, inherited, answer.measurement)
     save_model(folder, architecture=architecture, weights=state, metrics=metrics)
     return Found(
-        target_ms=target_ms,
+        target_ms=answer.target_ms,
         architecture=architecture,
         selection=selection,
         estimate=priced,
@@ -124,32 +133,52 @@ def save_found(origin: Origin, trajectory: Trajectory, answer: Answer, folder: P
 
 def price_reference(origin: Origin) -> Reference | None:
     """EfficientFormer-L1 beside the found networks; None where the table cannot price it."""
-    head = origin.space.head
+    alphas = origin.trained.supernet.alphas()
+    return judged_reference(origin.space, origin.table, alphas, origin.evaluator.top1)
+
+
+def judged_reference(
+    space: SearchSpace, table: LatencyTable, alphas: Alphas, evaluate: Evaluate
+) -> Reference | None:
+    """EfficientFormer-L1 with the space's head; None where the table cannot price it.
+
+    Args:
+        space: the search space.
+        table: prices it.
+        alphas: architecture parameters, which say what slots its blocks go to.
+        evaluate: judges it, if it is in the space.
+    """
     published = get(REFERENCE).architecture
-    architecture = published.with_head(classes=head.classes, distilled=head.distilled)
+    architecture = published.with_head(classes=space.head.classes, distilled=space.head.distilled)
     try:
-        priced = estimate(architecture, origin.table)
+        priced = estimate(architecture, table)
     except MissingLatencyError:
         return None
     try:
-        selection = place(origin.trained.supernet, architecture)
+        selection = place_by(alphas, space, architecture)
     except SpecError:
         return Reference(architecture, priced, None)
-    return Reference(architecture, priced, origin.evaluator.top1(selection))
+    return Reference(architecture, priced, evaluate(selection))
 
 
-def _metrics(
-    origin: Origin, priced: Estimate, counted: CostReport, top1: float
+def found_name(space: SearchSpace, table: LatencyTable, target_ms: float) -> str:
+    """What a found network is called."""
+    return f"{space.name}_{table.device.name}_{latency_label(target_ms)}"
+
+
+def found_metrics(
+    table: LatencyTable,
+    priced: Estimate,
+    counted: CostReport,
+    top1: Metric,
+    measurement: Measurement | None,
 ) -> dict[str, Metric]:
+    """What `metrics.json` of a found network says."""
     low, high = priced.interval_ms
     level = "" if priced.level is None else f" ({100 * priced.level:g} % interval)"
-    device = origin.table.device
-    return {
-        "search_top1_percent": Metric(
-            top1,
-            f"measured on {origin.images} SEARCH images of {origin.config.data} at "
-            f"{origin.config.resolution} px, weights inherited from the supernet, not fine-tuned",
-        ),
+    device = table.device
+    metrics = {
+        "search_top1_percent": top1,
         "latency_ms": Metric(
             priced.latency_ms,
             f"by the {device.kind} latency table {device.name}, between {low:.4g} and "
@@ -158,10 +187,10 @@ def _metrics(
         "params": Metric(counted.params, "computed by closed form"),
         "macs": Metric(counted.macs, "computed by closed form, one image"),
     }
+    return metrics if measurement is None else metrics | _measured_metrics(device, measurement)
 
 
-def _measured_metrics(origin: Origin, measured: Measurement) -> dict[str, Metric]:
-    device = origin.table.device
+def _measured_metrics(device: DeviceInfo, measured: Measurement) -> dict[str, Metric]:
     said = (
         f"measured on {measured.date} with {device.runtime.name} {device.runtime.version} on "
         f"{device.soc}, {device.threads or 1} threads, by the protocol of the table"

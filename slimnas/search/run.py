@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from slimnas.data.splits import SearchData
 from slimnas.errors import RunFolderError
 from slimnas.latency.table import LatencyTable
 from slimnas.search.checks import pricer, require_fitting
-from slimnas.search.closing import Loop, MeasuringListener, Meter
+from slimnas.search.closing import Answer, Loop, MeasuringListener, Meter
 from slimnas.search.config import SearchConfig
 from slimnas.search.evaluator import SelectionEvaluator
 from slimnas.search.found import (
@@ -39,10 +39,11 @@ from slimnas.search.found import (
 from slimnas.search.importance import ImportanceRecord
 from slimnas.search.measurements import FILE as MEASUREMENTS
 from slimnas.search.measurements import MeasurementLog
+from slimnas.search.record import SearchRecord
 from slimnas.search.slimming import Slimmer, Walk
 from slimnas.search.trajectory import Trajectory
 from slimnas.supernet.channel_order import taylor_order
-from slimnas.supernet.inherit import Inheritance
+from slimnas.supernet.inherit import ChannelOrder, Inheritance
 from slimnas.supernet.supernet import Supernet
 from slimnas.supernet.train import (
     Progress,
@@ -96,7 +97,7 @@ class SearchResult:
 
     Attributes:
         space: with the data's classes.
-        trained: the supernet.
+        trained: the supernet; none where the search started from a record.
         importance: of its MetaPaths.
         trajectory: every step.
         found: one network per target, in the order of the targets.
@@ -105,10 +106,11 @@ class SearchResult:
         reference: EfficientFormer-L1 beside them; None where the table cannot price it.
         evaluated_images: SEARCH images behind every top-1.
         training: one mapping per epoch, as in `metrics.jsonl`.
+        record: what the search started from instead of a supernet.
     """
 
     space: SearchSpace
-    trained: TrainedSupernet
+    trained: TrainedSupernet | None
     importance: ImportanceRecord
     trajectory: Trajectory
     found: tuple[Found, ...]
@@ -117,6 +119,7 @@ class SearchResult:
     reference: Reference | None
     evaluated_images: int
     training: tuple[Mapping[str, float], ...]
+    record: SearchRecord | None = None
 
 
 def run_search(
@@ -151,7 +154,10 @@ def run_search(
     options = options or RunOptions()
     remove_leftovers(folder)
     accelerator = accelerator_for(options.train_on)
-    trained = options.supernet or _supernet(config, space, data, folder, listener, accelerator)
+    trained = options.supernet or _supernet(
+        config, space, data, folder, accelerator, listener.training
+    )
+    leave_others(accelerator)
     require_fitting(trained, space, data, config.resolution)
     trained.supernet.to(accelerator.device)
     provenance = {
@@ -164,7 +170,9 @@ def run_search(
     }
     importance = ImportanceRecord(trained.supernet.alphas(), provenance)
     importance.save(folder / IMPORTANCE)
-    evaluator = open_evaluator(config, trained.supernet, importance, data)
+    evaluator = open_evaluator(
+        config, trained.supernet, importance, data, order=trained.channel_order()
+    )
     images = min(config.search_images, len(data.search))
 
     def evaluate(selection: Selection) -> float:
@@ -175,37 +183,119 @@ def run_search(
     slimmer = Slimmer(
         space, importance, pricer(space, table), evaluate, config.frontier, config.fill
     )
-    trajectory = _begin(slimmer, folder / TRAJECTORY, {**provenance, "search_images": images})
-    evaluator.move_to(trajectory.states[-1][0])
-
-    def on_step(longer: Trajectory) -> None:
-        longer.save(folder / TRAJECTORY)
-        evaluator.move_to(longer.states[-1][0])
-        listener.slimming(longer, min(config.targets_ms))
-
-    log, meter = _measuring(folder / MEASUREMENTS, options.meter)
-    walk = Walk(trajectory, on_step)
-    loop = Loop(slimmer, walk, table, log, None if isinstance(meter, str) else meter, listener)
-    answers = loop.run(config.targets_ms)
-    if any(answer.rounds for answer in answers):
-        loop.table.save(folder / CORRECTED_TABLE)
+    walked = answer_targets(
+        config,
+        slimmer,
+        table,
+        folder,
+        {**provenance, "search_images": images},
+        listener=listener,
+        meter=options.meter,
+        on_state=evaluator.move_to,
+    )
     origin = Origin(config, space, table, trained, evaluator, images)
     found = tuple(
-        save_found(origin, walk.trajectory, answer, found_folder(folder, config, answer.target_ms))
-        for answer in answers
+        save_found(origin, walked.trajectory, one, found_folder(folder, config, one.target_ms))
+        for one in walked.answers
     )
     return SearchResult(
         space=space,
         trained=trained,
         importance=importance,
-        trajectory=walk.trajectory,
+        trajectory=walked.trajectory,
         found=found,
-        table=loop.table,
-        unmeasured=meter if isinstance(meter, str) else None,
+        table=walked.table,
+        unmeasured=walked.unmeasured,
         reference=price_reference(origin),
         evaluated_images=images,
         training=_read_log(folder / METRICS_LOG),
     )
+
+
+@dataclass(frozen=True)
+class Walked:
+    """What slimming to every target gave.
+
+    Attributes:
+        trajectory: every step.
+        answers: one per target, in the order of the targets.
+        table: as corrected by everything measured.
+        unmeasured: why nothing more was measured; none where all was.
+    """
+
+    trajectory: Trajectory
+    answers: tuple[Answer, ...]
+    table: LatencyTable
+    unmeasured: str | None
+
+
+def answer_targets(
+    config: SearchConfig,
+    slimmer: Slimmer,
+    table: LatencyTable,
+    folder: Path,
+    provenance: Mapping[str, Any],
+    *,
+    listener: Listener,
+    meter: Meter | str,
+    on_state: Callable[[Selection], None] = lambda selection: None,
+) -> Walked:
+    """Slim until every target is answered, going on from what `folder` holds.
+
+    Args:
+        config: the settings.
+        slimmer: with the prices of `table`.
+        table: the latency table.
+        folder: the run folder; trajectory, measurements and corrected table go there.
+        provenance: what the trajectory is made from; one of something else is refused.
+        listener: told how it goes.
+        meter: measures the networks found; or why nothing can.
+        on_state: told where the trajectory has got to.
+
+    Raises:
+        UnreachableTargetError, LatencyTableError, ExportError, RunFolderError: see `run_search`.
+    """
+    trajectory = _begin(slimmer, folder / TRAJECTORY, provenance)
+    on_state(trajectory.states[-1][0])
+
+    def on_step(longer: Trajectory) -> None:
+        longer.save(folder / TRAJECTORY)
+        on_state(longer.states[-1][0])
+        listener.slimming(longer, min(config.targets_ms))
+
+    log, meter = _measuring(folder / MEASUREMENTS, meter)
+    walk = Walk(trajectory, on_step)
+    loop = Loop(slimmer, walk, table, log, None if isinstance(meter, str) else meter, listener)
+    answers = loop.run(config.targets_ms)
+    if any(answer.rounds for answer in answers):
+        loop.table.save(folder / CORRECTED_TABLE)
+    return Walked(walk.trajectory, answers, loop.table, meter if isinstance(meter, str) else None)
+
+
+def join_training(
+    config: SearchConfig, space: SearchSpace, data: SearchData, folder: Path, *, train_on: str
+) -> None:
+    """What a search is to every process but the main one: its part of the training.
+
+    The main process calls `run_search` with a folder that all of them see.
+
+    Args:
+        config, space, data, folder: as the main process has them.
+        train_on: see `RunOptions`.
+
+    Raises:
+        WeightsError, TrainingError, RunFolderError, RuntimeUnavailableError: see `run_search`.
+    """
+    accelerator = accelerator_for(train_on)
+    if config.recipe is not None:
+        _supernet(config, space, data, folder, accelerator, lambda progress: None)
+    leave_others(accelerator)
+
+
+def leave_others(accelerator: Accelerator) -> None:
+    """End what connects this process to the others, after the last thing they do together."""
+    if accelerator.num_processes > 1 and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _supernet(
@@ -213,15 +303,17 @@ def _supernet(
     space: SearchSpace,
     data: SearchData,
     folder: Path,
-    listener: Listener,
     accelerator: Accelerator,
+    on_progress: Callable[[Progress], None],
 ) -> TrainedSupernet:
     assert config.recipe is not None
+    accelerator.wait_for_everyone()  # until the main process has made the folder
     finished = folder / SUPERNET
     if finished.is_file():
         trained = load_supernet(finished)
         _require_same_training(trained, config, data, finished)
-        (folder / TRAINING_STATE).unlink(missing_ok=True)  # stopped between the two
+        if accelerator.is_main_process:
+            (folder / TRAINING_STATE).unlink(missing_ok=True)  # stopped between the two
         return trained
     supernet = Supernet(
         space,
@@ -229,13 +321,13 @@ def _supernet(
         seed=config.seed,
         layer_scale=config.recipe.layer_scale,
     )
-    _require_space_on_disk(folder, supernet)
-    log = folder / METRICS_LOG
+    if accelerator.is_main_process:
+        _require_space_on_disk(folder, supernet)
 
-    def on_progress(progress: Progress) -> None:
+    def keep(progress: Progress) -> None:
         if progress.search_top1 is not None:
-            _append_log(log, progress)
-        listener.training(progress)
+            _append_log(folder / METRICS_LOG, progress)
+        on_progress(progress)
 
     trained = train_supernet(
         supernet,
@@ -244,10 +336,11 @@ def _supernet(
         accelerator,
         seed=config.seed,
         checkpoint=folder / TRAINING_STATE,
-        on_progress=on_progress,
+        on_progress=keep,
     )
-    save_supernet(finished, trained)
-    (folder / TRAINING_STATE).unlink(missing_ok=True)
+    if accelerator.is_main_process:
+        save_supernet(finished, trained)
+        (folder / TRAINING_STATE).unlink(missing_ok=True)
     return trained
 
 
@@ -257,11 +350,12 @@ def _require_same_training(
     assert config.recipe is not None
     wanted = {
         "resolution": config.resolution,
-        "recipe": config.recipe.model_dump(mode="json"),
+        "recipe": config.recipe,
         "seed": config.seed,
         "data": data.digest,
     }
-    other = [key for key, value in wanted.items() if trained.provenance.get(key) != value]
+    given = {**trained.provenance, "recipe": trained.recipe}
+    other = [key for key, value in wanted.items() if given.get(key) != value]
     if other:
         raise RunFolderError(
             f"{path}: was trained with another {', '.join(other)}; restore what it was trained "
@@ -281,7 +375,12 @@ def _require_space_on_disk(folder: Path, supernet: Supernet) -> None:
 
 
 def open_evaluator(
-    config: SearchConfig, supernet: Supernet, importance: ImportanceRecord, data: SearchData
+    config: SearchConfig,
+    supernet: Supernet,
+    importance: ImportanceRecord,
+    data: SearchData,
+    *,
+    order: ChannelOrder | None = None,
 ) -> SelectionEvaluator:
     """What judges candidates of a run: a sample of SEARCH, BatchNorm measured on TRAIN.
 
@@ -290,8 +389,25 @@ def open_evaluator(
         supernet: trained; put in evaluation mode.
         importance: says which network the order of the channels is measured on.
         data: TRAIN and SEARCH that the supernet was trained with.
+        order: which channels narrower networks keep, see `TrainedSupernet.channel_order`; None
+            for the most important by Taylor score.
     """
     supernet.eval()
+    device = next(supernet.parameters()).device
+    if order is None:
+        order = _taylor_order(config, supernet, importance, data)
+    calibration, _ = next(
+        data.train.batches(
+            config.calibration_images, device=device, seed=config.seed, epoch=1, augment=False
+        )
+    )
+    images, labels = _sample(data.search, config.search_images, config.seed, device)
+    return SelectionEvaluator(Inheritance(supernet, order), calibration, images, labels)
+
+
+def _taylor_order(
+    config: SearchConfig, supernet: Supernet, importance: ImportanceRecord, data: SearchData
+) -> ChannelOrder:
     device = next(supernet.parameters()).device
     space = supernet.space
     start = importance.start(space)
@@ -303,14 +419,7 @@ def open_evaluator(
     )
     some = [batch for _, batch in zip(range(TAYLOR_BATCHES), batches, strict=False)]
     routings = [supernet.fixed_routes(s) for s in dict.fromkeys((start, *others))]
-    order = taylor_order(supernet, routings, some)
-    calibration, _ = next(
-        data.train.batches(
-            config.calibration_images, device=device, seed=config.seed, epoch=1, augment=False
-        )
-    )
-    images, labels = _sample(data.search, config.search_images, config.seed, device)
-    return SelectionEvaluator(Inheritance(supernet, order), calibration, images, labels)
+    return taylor_order(supernet, routings, some)
 
 
 def _sample(images: ImageSet, count: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
