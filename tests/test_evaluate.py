@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score, top_k_accuracy_score
 from torch import Tensor
 
-from slimnas.errors import DataError, WeightsError
+from slimnas.errors import DataError, TrainingError, WeightsError
 from slimnas.train.evaluate import (
     BINS,
     Evaluation,
@@ -258,3 +258,28 @@ def test_messages_name_who_is_wrong() -> None:
         evaluate_all(
             {"pytorch": lambda x: x, "onnx": lambda x: x[:, :3]}, batched(logits, labels), 4
         )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_names_the_option(error: Exception) -> None:
+    logits, labels = answers(4, 10)
+
+    def full(_: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(TrainingError, match="batches of 7 images; give a smaller --batch-size"):
+        evaluate_all({"pytorch": full}, batched(logits, labels), 4)
+
+
+def test_other_failures_are_not_hidden() -> None:
+    def broken(_: Tensor) -> Tensor:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        evaluate_all({"pytorch": broken}, [answers(4, 3)], 4)

@@ -345,5 +345,5 @@ def _gap(one: Bin) -> float:
 
 
 def _plain(logits: Tensor) -> FloatArray:
-    found: FloatArray = logits.detach().double().cpu().numpy()
+    found: FloatArray = logits.detach().cpu().double().numpy()
     return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimnas.errors import WeightsError
+from slimnas.errors import TrainingError, WeightsError
 from slimnas.train.evaluate import Evaluation, Predict, Tally
 
 SHOWN = 10
@@ -78,7 +78,7 @@ class Comparison:
 
     def add(self, one: Tensor, other: Tensor, labels: Tensor) -> None:
         """Take the logits (B, K) of both and the labels (B,) of one batch."""
-        a, b = one.detach().double().cpu(), other.detach().double().cpu()
+        a, b = one.detach().cpu().double(), other.detach().cpu().double()
         answers = a.argmax(dim=1), b.argmax(dim=1)
         for row in torch.nonzero(answers[0] != answers[1]).flatten().tolist():
             self._different += 1
@@ -129,6 +129,7 @@ def evaluate_all(
     Raises:
         DataError: no images, or a label outside the classes.
         WeightsError: logits of another number of classes, or not finite.
+        TrainingError: out of memory.
     """
     names = tuple(predictors)
     if len(names) not in (1, 2):
@@ -137,7 +138,7 @@ def evaluate_all(
     comparison = Comparison((names[0], names[1])) if len(names) == 2 else None
     seen = 0
     for images, labels in batches:
-        logits = [predict(images) for predict in predictors.values()]
+        logits = [_asked(predict, images) for predict in predictors.values()]
         for tally, given in zip(tallies.values(), logits, strict=True):
             tally.add(given, labels)
         if comparison is not None:
@@ -146,3 +147,14 @@ def evaluate_all(
         on_batch(seen)
     found = {name: tally.result() for name, tally in tallies.items()}
     return found, None if comparison is None else comparison.result()
+
+
+def _asked(predict: Predict, images: Tensor) -> Tensor:
+    try:
+        return predict(images)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        raise TrainingError(
+            f"out of memory with batches of {len(images)} images; give a smaller --batch-size"
+        ) from error
