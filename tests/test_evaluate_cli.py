@@ -19,12 +19,17 @@ from prune_cases import ARCHITECTURES, random_network
 from sklearn.metrics import accuracy_score, confusion_matrix
 from zoo_cases import METRICS, TINY, save_run, trained
 
-from slimnas.data.splits import DataSplits, open_data
+from slimnas.data.splits import DataOptions, DataSplits, open_data
+from slimnas.data.whole import open_whole
 from slimnas.nn.build import build
 from slimnas.nn.tensorfiles import tensors_digest
+from slimnas.prune.config import BudgetSpec, PruneConfig
+from slimnas.prune.finetune import evaluate as top1_as_pruning
 from slimnas.report.evaluation import EvaluationReport, confusion_figure, reliability_figure
 from slimnas.search.config import SearchConfig
+from slimnas.train.config import TrainConfig
 from slimnas.train.evaluate import evaluate
+from slimnas.train.network_recipe import NetworkRecipe
 from slimnas.zoo.create import create_model
 from slimnas.zoo.entry import save_model
 from slimnas.zoo.export import export_network
@@ -427,3 +432,57 @@ def test_wrong_usage(arguments: str, message: str, capsys: pytest.CaptureFixture
     answer = slimnas(capsys, "evaluate", *arguments.split())
     assert answer.code == 2
     assert message in " ".join(answer.err.replace("│", " ").split())
+
+
+def test_a_trained_network_is_judged_on_its_test_data(capsys: pytest.CaptureFixture[str]) -> None:
+    random = np.random.default_rng(0)
+    for folder, count in (("photos", 6), ("judges", 4)):
+        for name in ("cat", "dog"):
+            (Path(folder) / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(Path(folder) / name / f"{number}.png")
+    network = build(TINY.with_head(classes=2)).eval()
+    save_model("two", architecture=network.architecture, weights=network.state_dict(), metrics={})
+    TrainConfig(
+        model="tiny",
+        architecture_digest="0",
+        resolution=(32, 32),
+        data="photos",
+        test_data="judges",
+        recipe=NetworkRecipe(),
+    ).save(Path("two/config.yaml"))
+    command = ("evaluate", "two", "--normalisation", "imagenet", "--json")
+    judged = slimnas(capsys, *command).json()
+    assert (judged["images"], judged["provenance"]["data"]) == (8, "judges")
+    named = slimnas(capsys, *command, "--data", "judges").json()
+    assert named["provenance"]["data_digest"] == judged["provenance"]["data_digest"]
+    seen = slimnas(capsys, *command, "--data", "photos").json()
+    assert (seen["images"], seen["provenance"]["split"]) == (2, "test")
+
+
+def test_a_pruned_network_is_judged_as_pruning_judged_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = {"mean": [0.3] * 3, "std": [0.3] * 3}
+    named = TINY.renamed("tiny", {"preprocessing": given, "seed": 4})
+    place = Path("pruned/found/macs_80pct")
+    save_model(place, architecture=named, weights=trained().state_dict(), metrics={})
+    PruneConfig(
+        model="tiny",
+        architecture_digest="0",
+        weights="auto",
+        weights_digest="0",
+        data="digits",
+        data_digest="0",
+        test_digest="0",
+        budgets=(BudgetSpec(kind="macs", limit=1.0, asked="80%"),),
+        seed=4,
+    ).save(Path("pruned/config.json"))
+    body = slimnas(capsys, "evaluate", place, "--json").json()
+    options = DataOptions(resolution=(32, 32), channels=3, seed=4)
+    whole = open_whole("digits", options, normalisation=((0.3,) * 3, (0.3,) * 3), hold_out=True)
+    assert whole.test is not None
+    expected = top1_as_pruning(trained(), whole.test, "cpu")
+    assert body["top1"] == pytest.approx(expected)
+    assert body["images"] == len(whole.test)
