@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from measure_fakes import small_model
 
+from slimnas.data.batches import ImageSet, MemoryPixels, Split
 from slimnas.errors import SlimnasError, SpecError
+from slimnas.nn.build import build
+from slimnas.nn.regularisation import set_drop_path, set_layer_scale
+from slimnas.train import loop
+from slimnas.train.augment import Augmentation, AugmentedImages
+from slimnas.train.losses import network_loss
 from slimnas.train.network_recipe import CropSpec, NetworkRecipe, RandAugmentSpec
 from slimnas.train.recipe import TrainRecipe
 from slimnas.train.recipes import (
@@ -211,3 +219,53 @@ def test_other_documents_are_no_recipes(tmp_path: Path) -> None:
 
 def test_crops_keep_their_defaults() -> None:
     assert CropSpec() == CropSpec(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic")
+
+
+def task_of(recipe: NetworkRecipe) -> loop.TrainTask:
+    """A small network that learns to tell grey levels apart, as `recipe` says."""
+    labels = torch.arange(48) % 10
+    noise = torch.randint(0, 40, (48, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    pixels = (20 * labels.view(-1, 1, 1, 1) + noise).to(torch.uint8)
+    images = ImageSet(Split.TRAIN, MemoryPixels(pixels), labels, (0.4,) * 3, (0.25,) * 3, True)
+    network = build(small_model("efficientformer"), seed=1)
+    set_drop_path(network, recipe.drop_path)
+    set_layer_scale(network, 0.1)
+    teacher = build(small_model("efficientformer"), seed=2)
+    return loop.TrainTask(
+        model=network,
+        groups=loop.decay_groups(dict(network.named_parameters()), recipe),
+        loss=network_loss(recipe, teacher),
+        images=AugmentedImages(images, Augmentation.of(recipe), 10),
+        recipe=recipe,
+        seed=3,
+    )
+
+
+@pytest.mark.parametrize("name", OF_PAPERS)
+def test_a_run_goes_on_as_if_it_never_stopped(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that a paper's recipe has: channels-last weights, mixing, a teacher, drop path."""
+    small = {"epochs": 2, "batch_size": 12, "lr_reference_batch": 12, "warmup_epochs": 0}
+    recipe = override_recipe(load_recipe(name), {**small, "drop_path": 0.2}).scaled()
+    accelerator = loop.accelerator_for("cpu")
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
+    wanted: list[float] = []
+    whole = loop.fit(
+        task_of(recipe), accelerator, watch=loop.Watch(lambda report: wanted.append(report.loss))
+    )
+    given: list[float] = []
+
+    def stop_once(report: loop.StepReport) -> None:
+        given.append(report.loss)
+        if len(given) == 3:
+            raise LookupError("stopped")
+
+    path = tmp_path / "state.safetensors"
+    watch = loop.Watch(stop_once)
+    with pytest.raises(LookupError, match="stopped"):
+        loop.fit(task_of(recipe), accelerator, checkpoint=path, watch=watch)
+    resumed = loop.fit(task_of(recipe), accelerator, checkpoint=path, watch=watch)
+    assert given[:2] + given[3:] == wanted  # the step that was stopped is done again
+    for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)

@@ -94,10 +94,22 @@ def load_state(path: Path, state: TrainState, identity: str) -> None:
                 "param_groups": state.optimizer.state_dict()["param_groups"],
             }
         )
+        _lay_out_alike(state.optimizer)
         state.step = int(metadata["step"])
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise WeightsError(f"{path}: does not fit this run ({first}); delete it") from error
+
+
+def _lay_out_alike(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments the memory layout of their parameters, which files do not keep.
+
+    Fused AdamW takes it for granted: channels-last parameters would get moments of other elements.
+    """
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _by_prefix(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
