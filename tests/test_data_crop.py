@@ -101,17 +101,27 @@ def test_every_box_lies_in_its_image():
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_pixels_are_those_of_pillow(kind, interpolation):
-    image = photograph(90, 70)
-    raw = encoded(image, kind)
+@pytest.mark.parametrize("vectors", [False, True])
+def test_pixels_are_those_of_pillow(kind, interpolation, vectors, monkeypatch):
+    monkeypatch.setattr("slimnas.data.decode._VECTORS", vectors)
+    raw = encoded(photograph(90, 70), kind)
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     for number in range(20):
         draw = CropDraw(CropPolicy(interpolation=interpolation), (number,))
         box, _ = draw.choose(90, 70)
-        plain = Image.open(io.BytesIO(raw)).convert("RGB")
-        expected = plain.resize((24, 32), filters[interpolation], box=box)
-        found = decode(raw, (32, 24), 3, draw)
-        np.testing.assert_array_equal(found.transpose(1, 2, 0), np.asarray(expected))
+        for channels, mode in ((3, "RGB"), (1, "L")):
+            plain = Image.open(io.BytesIO(raw)).convert(mode)
+            found = decode(raw, (32, 24), channels, draw)
+            assert found.dtype == np.uint8
+            if vectors and channels == 3:
+                expected = plain.crop(box).resize((24, 32), filters[interpolation])
+                difference = found.transpose(1, 2, 0).astype(int) - np.asarray(expected).astype(int)
+                assert np.abs(difference).max() <= 2
+                assert np.abs(difference).mean() < 0.05
+            else:
+                expected = plain.resize((24, 32), filters[interpolation], box=box)
+                theirs = np.asarray(expected).reshape(32, 24, channels).transpose(2, 0, 1)
+                np.testing.assert_array_equal(found, theirs)
 
 
 def test_random_interpolation_is_either():

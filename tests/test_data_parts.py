@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slimnas.data import ImageSet, Part, Split
-from slimnas.data.batches import MemoryPixels, permutation
+from slimnas.data.batches import MemoryPixels, flip_some, normalise, permutation
 from slimnas.errors import DataError
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -111,3 +111,35 @@ def test_processes_get_different_copies_as_with_the_ra_sampler():
         assert len(ours) == 3
         assert [set(batch) for batch in ours] == [set(flat[at : at + 8]) for at in (0, 8, 16)]
         assert all(len(set(batch)) == 8 for batch in ours)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 224, 200), (70, 3, 32, 32), (0, 1, 8, 8), (5, 1, 1, 1)])
+def test_normalising_in_pieces_gives_the_bits_of_the_plain_formula(shape):
+    mean, std = (0.485, 0.456, 0.406)[: shape[1]], (0.229, 0.224, 0.225)[: shape[1]]
+    pixels = torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    centre, spread = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+    found = normalise(pixels, mean, std)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, (pixels.float() / 255.0 - centre) / spread)
+
+
+def test_half_of_a_batch_is_mirrored_and_parts_agree():
+    pixels = torch.randint(0, 256, (40, 3, 5, 7), dtype=torch.uint8)
+    whole = flip_some(pixels, torch.Generator().manual_seed(1), flip=True)
+    mirrored = (whole == pixels.flip(3)).flatten(1).all(1)
+    assert torch.equal(mirrored, ~(whole == pixels).flatten(1).all(1))
+    assert 10 <= int(mirrored.sum()) <= 30
+    halves = [
+        flip_some(
+            pixels[Part(i, 2).of(40)],
+            torch.Generator().manual_seed(1),
+            flip=True,
+            part=Part(i, 2),
+            total=40,
+        )
+        for i in range(2)
+    ]
+    assert torch.equal(torch.cat(halves), whole)
+    assert flip_some(pixels, torch.Generator(), flip=False) is pixels

@@ -22,37 +22,35 @@ from torch import Tensor
 from slimnas.data.ahead import Job, decoded_batches
 from slimnas.data.crop import CropDraw, CropPolicy
 from slimnas.data.decode import decode_rows
+from slimnas.data.parts import WHOLE, Part, permutation
 from slimnas.data.sources import ImageTable, LongArray
+from slimnas.data.transforms import (
+    augment_generator,
+    flip_some,
+    normalise,
+    shift_and_flip,
+    to_device,
+)
 from slimnas.errors import DataError
 
-_ORDER, _AUGMENT, _CROP = 1, 2, 3  # keep the random streams of one (seed, epoch) apart
+_ORDER, _CROP = 1, 3  # keep the random streams of one (seed, epoch) apart; 2 augments
 
-
-@dataclass(frozen=True)
-class Part:
-    """Which images of every batch one process gets: the `index`-th of `count` contiguous slices.
-
-    Of a batch of `size` images these are [index * size // count, (index + 1) * size // count).
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuse a slice that does not exist.
-
-        Raises:
-            DataError: `index` does not lie in 0..count - 1.
-        """
-        if not 0 <= self.index < self.count:
-            raise DataError(f"a part must be one of 0..{self.count - 1}, got {self.index}")
-
-    def of(self, size: int) -> slice:
-        """Return the slice of a batch of `size` images."""
-        return slice(self.index * size // self.count, (self.index + 1) * size // self.count)
-
-
-WHOLE = Part()
+__all__ = [
+    "WHOLE",
+    "ImageSet",
+    "LazyPixels",
+    "MemoryPixels",
+    "Part",
+    "PixelStore",
+    "Split",
+    "TrainSource",
+    "augment_generator",
+    "flip_some",
+    "normalise",
+    "permutation",
+    "shift_and_flip",
+    "to_device",
+]
 
 
 class Split(enum.Enum):
@@ -402,91 +400,3 @@ class ImageSet:
 
     def _labels(self, indexes: LongArray, device: torch.device | str) -> Tensor:
         return to_device(self.labels[torch.from_numpy(indexes)], device)
-
-
-def to_device(values: Tensor, device: torch.device | str) -> Tensor:
-    """Copy to a device; to a GPU without waiting for it."""
-    if torch.device(device).type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
-
-
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn uint8 (B, C, H, W) into float32 with this mean and deviation taken out, per channel."""
-    shift = torch.tensor(mean, device=images.device).view(1, -1, 1, 1)
-    scale = torch.tensor(std, device=images.device).view(1, -1, 1, 1)
-    return images.to(torch.float32, copy=True).div_(255.0).sub_(shift).div_(scale)
-
-
-def flip_some(
-    images: Tensor,
-    generator: torch.Generator,
-    *,
-    flip: bool,
-    part: Part = WHOLE,
-    total: int | None = None,
-) -> Tensor:
-    """Mirror half of the images, if `flip` says so; arguments as of `shift_and_flip`."""
-    if not flip:
-        return images
-    total = len(images) if total is None else total
-    mirrored = (torch.rand((total, 1, 1, 1), generator=generator) < 0.5)[part.of(total)]
-    return torch.where(mirrored.to(images.device), images.flip(3), images)
-
-
-def shift_and_flip(
-    images: Tensor,
-    generator: torch.Generator,
-    *,
-    flip: bool,
-    part: Part = WHOLE,
-    total: int | None = None,
-) -> Tensor:
-    """Shift each image by up to an eighth of its side, edges reflected; mirror half of them.
-
-    The offsets are drawn on the CPU, so every device gets the same ones.
-
-    Args:
-        images: (B, C, H, W), any dtype and device.
-        generator: a CPU generator.
-        flip: whether to mirror.
-        part: which part of a batch `images` is; draws are made for the whole batch.
-        total: images of the whole batch; None for B.
-    """
-    batch, channels, height, width = images.shape
-    total = batch if total is None else total
-    mine = part.of(total)
-    rows = _shifted(total, height, generator)[mine]
-    columns = _shifted(total, width, generator)
-    if flip:
-        mirrored = torch.rand((total, 1), generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    device = images.device
-    which = torch.arange(batch, device=device).view(-1, 1, 1, 1)
-    channel = torch.arange(channels, device=device).view(1, -1, 1, 1)
-    rows = rows.to(device).view(batch, 1, height, 1)
-    return images[which, channel, rows, columns[mine].to(device).view(batch, 1, 1, width)]
-
-
-def permutation(count: int, *key: int) -> LongArray:
-    """Return a permutation of range(count) that depends on the key's non-negative numbers only.
-
-    Sorts uniform draws, whose stream NumPy keeps from release to release (its shuffles may
-    change).
-    """
-    draws = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).random(count)
-    return np.argsort(draws, kind="stable").astype(np.int64)
-
-
-def _shifted(batch: int, side: int, generator: torch.Generator) -> Tensor:
-    """Return source positions (B, side) of a random shift with reflected edges."""
-    reach = min(max(1, side // 8), side - 1)
-    shift = torch.randint(-reach, reach + 1, (batch, 1), generator=generator)
-    position = (torch.arange(side) + shift).abs()
-    return (side - 1) - (side - 1 - position).abs()
-
-
-def augment_generator(seed: int, epoch: int, batch: int) -> torch.Generator:
-    """Return the generator of one batch's augmentation, apart from that of its order."""
-    state = np.random.SeedSequence((seed, epoch, _AUGMENT, batch)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
