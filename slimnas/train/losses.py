@@ -42,7 +42,7 @@ def network_loss(recipe: NetworkRecipe, teacher: nn.Module | None = None) -> Los
     if teacher is None:
         raise WeightsError(
             f"distillation {recipe.distillation!r} needs a teacher and got none; name one with "
-            "--set teacher=NAME, or train with --set distillation=none"
+            "--teacher, or train with --distillation none"
         )
     guide = teacher.requires_grad_(False).eval()
 
@@ -73,7 +73,7 @@ def check_teacher(teacher_classes: int, classes: int) -> None:
         raise WeightsError(
             f"a teacher must know the classes of the training data: it has {teacher_classes}, the "
             f"data {classes}; fine-tune the teacher on this data first, or train with "
-            "--set distillation=none"
+            "--distillation none"
         )
 
 
