@@ -252,7 +252,7 @@ def _print(found: Ranking, provenance: dict[str, Any]) -> None:
     _print_correlations(found, console)
     splits = with_interval(found.splits.tau, found.splits.tau_interval)
     lines = [
-        f"trained alone for {provenance['recipe']['epochs']} epochs, seeds "
+        f"epochs alone: {provenance['recipe']['epochs']}, seeds: "
         f"{', '.join(map(str, found.seeds))}; {provenance['data']}",
         f"own top-1 on SEARCH and on TEST agree with tau {splits}",
     ]
