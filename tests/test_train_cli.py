@@ -154,6 +154,9 @@ def test_the_next_commands(
     assert slimnas(capsys, "zoo", "add", RUN, "--name", "mine", "--zoo", zoo).code == 0
     shown = slimnas(capsys, "zoo", "show", "mine", "--zoo", zoo, "--json").json()
     assert shown["metrics"]["test_top1_percent"]["value"] == world["top1"]
+    judged = slimnas(capsys, "evaluate", RUN, "--train-on", "cpu", "--json")
+    assert judged.json()["top1"] == world["top1"]
+    assert judged.json()["images"] == world["images"]["test"]
     given = ("--train-on", "cpu", "--max-images", "200", "--batch-size", "32", "--epochs", "1")
     tuned = slimnas(
         capsys, "train", RUN, "--recipe", "finetune", *given, "--output", tmp_path / "tuned"

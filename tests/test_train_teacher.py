@@ -120,13 +120,24 @@ def test_timm_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZooError, match="no model, file or folder 'efficientformer_l11'"):
         open_teacher("efficientformer_l11", ARCHITECTURE, SEEN)
 
-    def absent(name: str) -> None:
-        raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(importlib, "import_module", absent)
-    for name in ("timm:resnet", "resnet"):
-        with pytest.raises(WeightsError, match=r"teacher resnet: .* pip install timm"):
-            open_teacher(name, ARCHITECTURE, SEEN)
+@pytest.mark.parametrize("name", ["timm:resnet", "resnet"])
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (ModuleNotFoundError("No module named 'timm'"), "pip install timm"),
+        (RuntimeError("operator torchvision::nms does not exist"), "install the torchvision"),
+    ],
+)
+def test_timm_that_cannot_be_imported_is_one_line(
+    name: str, error: Exception, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(WeightsError, match=rf"teacher resnet: .*\({error}\); {cure}"):
+        open_teacher(name, ARCHITECTURE, SEEN)
 
 
 def timm_model(channels: int = 3) -> nn.Module:

@@ -156,9 +156,11 @@ def _timm(name: str) -> Any:
         return importlib.import_module("timm")
     except (ImportError, RuntimeError) as error:  # torchvision's, beside another torch
         reason = str(error).splitlines()[0]
+        missing = isinstance(error, ImportError)
+        cure = "pip install timm" if missing else "install the torchvision made for this torch"
         raise WeightsError(
             f"teacher {name}: is no zoo entry, file or folder here, and timm, which may have it, "
-            f"cannot be imported ({reason}); pip install timm, name another, {WITHOUT}"
+            f"cannot be imported ({reason}); {cure}, name another, {WITHOUT}"
         ) from error
 
 
