@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image, JpegImagePlugin
 from scipy.stats import ks_2samp
 
 from slimnas.data import CropPolicy, ImageSet, Part, Split
+from slimnas.data.ahead import cores
 from slimnas.data.batches import LazyPixels
 from slimnas.data.crop import CropDraw
 from slimnas.data.decode import decode
@@ -299,3 +301,10 @@ def test_raw_batches_are_crops_by_hand():
             np.testing.assert_array_equal(image[0], np.asarray(expected))
             seen += 1
     assert seen == 20
+
+
+@pytest.mark.parametrize(("beside", "expected"), [("", 8), ("1", 8), ("3", 2), ("16", 1), ("x", 8)])
+def test_processes_of_one_machine_share_its_cores(beside, expected, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", beside)
+    assert cores() == expected

@@ -36,10 +36,12 @@ Bad: TypeAlias = dict[int, str]
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return how many cores this process may use, shared with those launched beside it."""
+    found = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        found = len(os.sched_getaffinity(0))
+    beside = os.environ.get("LOCAL_WORLD_SIZE", "")  # set by torchrun and accelerate launch
+    return max(1, found // max(1, int(beside) if beside.isdecimal() else 1))
 
 
 def decoded_batches(
