@@ -93,6 +93,14 @@ def test_a_front_is_what_no_other_beats() -> None:
         assert Evolution(scored).best(target_ms).top1 == best
 
 
+def test_the_best_may_have_to_use_the_target() -> None:
+    evolution = Evolution((place(1.0, 60.0), place(8.0, 50.0), place(9.0, 40.0), place(7.0, 55.0)))
+    assert evolution.best(10.0).latency_ms == 1.0
+    assert evolution.best(10.0, 8.0).latency_ms == 8.0
+    assert evolution.best(10.0, 9.5).latency_ms == 1.0
+    assert evolution.best(5.0, 4.0).latency_ms == 1.0
+
+
 def test_a_target_below_everything_is_refused() -> None:
     with pytest.raises(UnreachableTargetError, match=r"2 ms was not reached by 1 evaluations .* 3"):
         Evolution((place(3.0, 50.0),)).best(2.0)

@@ -70,13 +70,18 @@ class Evolution:
                 found.append(one)
         return tuple(found)
 
-    def best(self, target_ms: float) -> Scored:
+    def best(self, target_ms: float, least_ms: float = 0.0) -> Scored:
         """The most accurate at or below `target_ms`; of equals the fastest.
+
+        Args:
+            target_ms: the target.
+            least_ms: faster ones count only where none is from here to the target. A supernet
+                that was trained briefly finds its small networks the best.
 
         Raises:
             UnreachableTargetError: nothing evaluated is as fast.
         """
-        fitting = [one for one in self.front() if one.latency_ms <= target_ms]
+        fitting = [one for one in self.scored if one.latency_ms <= target_ms]
         if not fitting:
             fastest_ms = min(one.latency_ms for one in self.scored)
             raise UnreachableTargetError(
@@ -84,7 +89,8 @@ class Evolution:
                 f"evaluations of NSGA-II, the fastest network has {fastest_ms:.4g} ms; choose a "
                 "higher target or more evaluations"
             )
-        return fitting[-1]
+        near = [one for one in fitting if one.latency_ms >= least_ms]
+        return max(near or fitting, key=lambda one: (one.top1, -one.latency_ms))
 
 
 class Record:
