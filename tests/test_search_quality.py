@@ -268,10 +268,10 @@ def test_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         def sleep(seconds: float) -> None:
             waited.append(seconds)
             if len(waited) == 2:
-                raise TimeoutError
+                raise TimeoutError("waited twice")
 
         monkeypatch.setattr("_quality_training.time.sleep", sleep)
-        with pytest.raises(TimeoutError), waiting_lock(tmp_path):
+        with pytest.raises(TimeoutError, match="waited twice"), waiting_lock(tmp_path):
             pass
     with waiting_lock(tmp_path):
         assert len(waited) == 2

@@ -226,12 +226,12 @@ def test_every_setting_counts_and_can_be_interrupted(name: str, tmp_path: Path) 
 
     def stop(progress: Progress) -> None:
         if progress.report.step == progress.report.steps // 2 + 1:
-            raise StoppedError
+            raise StoppedError("on purpose")
 
     checkpoint = tmp_path / "state.safetensors"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slimnas.train.loop.CHECKPOINT_SECONDS", 0.0)
-        with pytest.raises(StoppedError):
+        with pytest.raises(StoppedError, match="on purpose"):
             train(recipe, checkpoint=checkpoint, on_progress=stop)
     assert checkpoint.is_file()
     assert train(recipe, checkpoint=checkpoint) == whole
