@@ -6,6 +6,7 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -231,8 +232,10 @@ SCALES = {
 }
 
 
-def changed(record: SearchRecord, **changes: object) -> str:
+def changed(record: SearchRecord, **changes: Any) -> str:
     body = {"schema": "slimnas/search-record/1", **record.model_dump(mode="json")}
+    if isinstance(changes.get("measured"), list):
+        changes = {"networks": len(changes["measured"]), **changes}
     for key, value in changes.items():
         if value is None:
             del body[key]
@@ -241,7 +244,7 @@ def changed(record: SearchRecord, **changes: object) -> str:
     return yaml.safe_dump(json.loads(json.dumps(body)), sort_keys=False)
 
 
-Change = dict[str, object]
+Change = dict[str, Any]
 BAD: dict[str, tuple[str | Change | None, str]] = {
     "no file": (None, "no such file; expected a search record"),
     "not YAML": ("a: [", "not valid YAML"),
@@ -259,7 +262,11 @@ BAD: dict[str, tuple[str | Change | None, str]] = {
         {"scales": {**SCALES, "lengths": [1.0, 2.0]}},
         r"scales\.lengths: must be 5 for search space micro, got 2",
     ),
-    "no rows": ({"measured": []}, "measured: must have at least 1 item"),
+    "no rows": ({"measured": [], "networks": 1}, "measured: must have at least 1 item"),
+    "cut": (
+        {"measured": TWO, "networks": 60},
+        "measured: must have 60 lines, has 2; the file was cut or changed",
+    ),
     "a torn row": ({"measured": [*TWO, "48-48 aa/aa"]}, r"measured\[2\]: must be WIDTHS PATHS"),
     "a letter": ({"measured": ["48-48 az/aaa 3.0 single"]}, r"measured\[0\]: must be WIDTHS PATHS"),
     "101 %": ({"measured": ["48-48 aa/aaa 101.0 single"]}, r"measured\[0\]: must be WIDTHS PATHS"),

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from slimnas._files import atomic_write_text
 from slimnas._resources import data_dir
@@ -110,6 +110,7 @@ class SearchRecord(Spec):
         alphas: per stage and slot, the architecture parameter of each choice.
         scales: of the model that predicts what was not measured.
         errors: of that model.
+        networks: how many lines `measured` has, so that a cut file is noticed.
         measured: `WIDTHS PATHS TOP1 KIND [GROUP]`, one line per selection; of each stage a width,
             and a letter per slot.
     """
@@ -127,6 +128,7 @@ class SearchRecord(Spec):
     alphas: tuple[tuple[dict[str, float], ...], ...]
     scales: Scales
     errors: tuple[RecordedError, ...]
+    networks: Count
     measured: Annotated[tuple[str, ...], Field(min_length=1)]
 
     @field_validator("letters")
@@ -137,6 +139,15 @@ class SearchRecord(Spec):
         ):
             raise ValueError(f"each choice needs one letter of its own, got {letters}")
         return letters
+
+    @model_validator(mode="after")
+    def _whole(self) -> SearchRecord:
+        if len(self.measured) != self.networks:
+            raise ValueError(
+                f"measured: must have {self.networks} lines, has {len(self.measured)}; the file "
+                "was cut or changed"
+            )
+        return self
 
     @cached_property
     def digest(self) -> str:

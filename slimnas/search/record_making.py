@@ -213,6 +213,7 @@ class _Measuring:
             alphas=tuple(tuple(map(dict, stage)) for stage in subject.importance.alphas),
             scales=scales,
             errors=recorded_errors(subject.space, rows),
+            networks=len(rows),
             measured=tuple(line_of(row, letters) for row in rows),
         )
 
