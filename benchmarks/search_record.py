@@ -6,7 +6,7 @@ RUN is the run folder of the search that trained the supernet, RECORD what `slim
 made of it. For each device and target (a share of the way from the cheapest network of the space
 to the largest) the same slimming goes by the record, by the supernet itself, and blindly (every
 network as good as any other, so that the most milliseconds saved win). What each finds is judged
-by the supernet on all SEARCH images. Without an end to end run of its own: minutes on two cores.
+by the supernet on all SEARCH images. Takes minutes on two cores.
 """
 
 from __future__ import annotations
