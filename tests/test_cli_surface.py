@@ -17,10 +17,10 @@ from slimnas.cli.main import app
 COMMANDS = {
     "slimnas": "--debug --version",
     "slimnas search": (
-        "--alpha-lr --alpha-warmup --batch-size --data --device --epochs --fill --frontier --json "
-        "--lr --max-images --measure --mixing --noise --output --resolution --sandwich "
-        "--search-images --seed --skip-bad-images --space --supernet --target-latency --tau-end "
-        "--tau-start --train-on"
+        "--alpha-gradient --alpha-lr --alpha-warmup --batch-size --data --device --epochs --fill "
+        "--frontier --json --lr --max-images --measure --mixing --noise --output --resolution "
+        "--sandwich --search-images --seed --skip-bad-images --space --supernet --target-latency "
+        "--tau-end --tau-start --train-on"
     ),
     "slimnas evaluate": (
         "--batch-size --crop-pct --data --device --fail-on-disagreement --interpolation --json "

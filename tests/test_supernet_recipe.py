@@ -255,8 +255,21 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ([], SupernetRecipe(epochs=1, alpha_warmup=0.25, sandwich=1)),
         (
-            ["--alpha-warmup", "0", "--sandwich", "2", "--mixing", "soft", "--noise", "uniform"],
-            SupernetRecipe(epochs=1, sandwich=2, mixing="soft", noise="uniform"),
+            [
+                "--alpha-warmup",
+                "0",
+                "--sandwich",
+                "2",
+                "--mixing",
+                "soft",
+                "--noise",
+                "uniform",
+                "--alpha-gradient",
+                "change",
+            ],
+            SupernetRecipe(
+                epochs=1, sandwich=2, mixing="soft", noise="uniform", alpha_gradient="change"
+            ),
         ),
     ],
 )

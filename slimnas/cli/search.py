@@ -42,6 +42,13 @@ class Noise(str, Enum):
     UNIFORM = "uniform"
 
 
+class Gradient(str, Enum):
+    """What of a sampled choice teaches its architecture parameter."""
+
+    OUTPUT = "output"
+    CHANGE = "change"
+
+
 class FrontierChoice(str, Enum):
     """Which actions a slimming step weighs."""
 
@@ -100,6 +107,9 @@ def search(
     ] = None,
     tau_start: Annotated[float | None, typer.Option(help="First temperature.")] = None,
     tau_end: Annotated[float | None, typer.Option(help="Last temperature.")] = None,
+    alpha_gradient: Annotated[
+        Gradient | None, typer.Option(help="A choice learns by its output, or by what it changes.")
+    ] = None,
     alpha_warmup: Annotated[
         float | None,
         typer.Option(help="Share of the training before architecture parameters move."),
@@ -164,6 +174,7 @@ def search(
         "alpha_lr": alpha_lr,
         "tau_start": tau_start,
         "tau_end": tau_end,
+        "alpha_gradient": alpha_gradient and alpha_gradient.value,
         "alpha_warmup": alpha_warmup,
         "sandwich": sandwich,
         "mixing": mixing and mixing.value,
