@@ -231,7 +231,8 @@ def test_yaml(page: str, text: str) -> None:
     if "search-space/1" in text:
         assert len(SearchSpace.from_yaml(text).stages) == 2
     elif "slimnas/recipe/1" in text:
-        assert override_recipe(NetworkRecipe(), yaml.safe_load(text.partition("\n")[2])).mixup == 0.2
+        given = yaml.safe_load(text.partition("\n")[2])
+        assert override_recipe(NetworkRecipe(), given).mixup == 0.2
     else:
         assert Architecture.from_yaml(text) == Architecture.load(
             ROOT / "slimnas/zoo/models/efficientformer_l1.yaml"

@@ -33,7 +33,8 @@ def test_spaces_of_mb4d_and_mb3d_stay_what_they_were(name: str) -> None:
     space = SearchSpace.load(name)
     drawn = repr([space.random(random.Random(seed)) for seed in range(20)])
     found = tuple(
-        hashlib.sha256(text.encode()).hexdigest()[:16] for text in (space.without_recipe().to_yaml(), drawn)
+        hashlib.sha256(text.encode()).hexdigest()[:16]
+        for text in (space.without_recipe().to_yaml(), drawn)
     )
     assert found == DIGESTS[name]
     assert space.counts_attention
