@@ -119,14 +119,15 @@ class Trained:
         seed: of weights and batches.
         search_top1: on SEARCH, in percent.
         test_top1: on TEST, in percent.
-        images_per_s: of training, in the last epoch.
+        images_per_s: of training, in the last epoch; None where that was over before the training
+            was stopped and went on.
         threads: it trained on, where on a CPU.
     """
 
     seed: int
     search_top1: float
     test_top1: float
-    images_per_s: float
+    images_per_s: float | None
     threads: int
 
 
@@ -278,13 +279,13 @@ class Pace:
         self._title, self._job_work, self._left_work = "", 0.0, 0.0
         self._began = self._noted = time.monotonic()
         self._first_step = 0
-        self.images_per_s = 0.0
+        self.images_per_s: float | None = None
 
     def begin(self, job: Job, left: Sequence[Job]) -> None:
         """A network's training begins; `left` are all that are not finished, it included."""
         self._title, self._job_work = job.title, self._trainer.work(job)
         self._left_work = sum(self._trainer.work(one) for one in left)
-        self._began, self._first_step = time.monotonic(), -1
+        self._began, self._first_step, self.images_per_s = time.monotonic(), -1, None
         note(f"{job.title}: training; {len(left)} networks left")
 
     def on_step(self, report: StepReport) -> None:

@@ -75,7 +75,7 @@ def rows_of(bench: Bench) -> list[dict[str, Any]]:
                 "inherited_top1": candidate.inherited_top1,
                 "search_top1": [one.search_top1 for one in trained],
                 "test_top1": [one.test_top1 for one in trained],
-                "images_per_s": [round(one.images_per_s, 1) for one in trained],
+                "images_per_s": [one.images_per_s for one in trained],
                 "params": counted.params,
                 "macs": counted.macs,
                 "widths": architecture.widths,
