@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from torch.distributed.rendezvous import rendezvous
 
 from slimnas.data.batches import Part
 from slimnas.errors import RuntimeUnavailableError, TrainingError
@@ -54,18 +57,33 @@ def accelerator_for(
     if precision != "auto":
         bf16 = precision == "bf16"
     try:
+        _join_restarted("cuda:nccl,cpu:gloo" if on_cuda else "gloo")
         return Accelerator(
             cpu=not (on_cuda or on_mps),
             mixed_precision="bf16" if bf16 else "no",
             log_with=list(trackers) or None,
             project_dir=log_dir,
         )
-    except (RuntimeError, torch.distributed.DistError) as error:
+    except (RuntimeError, dist.DistError) as error:
         reason = str(error).splitlines()[0]
         raise TrainingError(
             f"the processes of this run cannot reach each other ({reason}); give the launcher "
             "another --master-port (torchrun) or --main_process_port (accelerate launch)"
         ) from error
+
+
+def _join_restarted(backend: str) -> None:
+    """Join the other processes where torchrun has started all of them again.
+
+    Its store keeps what the processes before have written, so that one would look for another
+    where its predecessor was; each start gets a part of the store to itself.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or dist.is_initialized():
+        return
+    store, rank, processes = next(rendezvous("env://"))  # type: ignore[no-untyped-call]
+    own = dist.PrefixStore(f"slimnas/start_{attempt}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=processes)
 
 
 def part_of(accelerator: Accelerator) -> Part:

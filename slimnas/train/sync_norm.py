@@ -1,15 +1,16 @@
 """BatchNorm over the images of all processes.
 
-torch's own `SyncBatchNorm` needs a GPU; processes on CPUs get one made of torch's differentiable
-all-reduce, to the same definition.
+torch's own `SyncBatchNorm` needs a GPU; processes on CPUs get one made of all-reduces, to the same
+definition.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn import functional
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -64,9 +65,26 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(unbiased, weight)
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, which every process's value changes in all of them."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        return _Sum._over_all(values)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return _Sum._over_all(gradient)
+
+    @staticmethod
+    def _over_all(values: Tensor) -> Tensor:
+        total = values.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
 def _summed(values: Tensor) -> Tensor:
-    """The sum over all processes, differentiable."""
-    total: Tensor = functional.all_reduce(values, op=dist.ReduceOp.SUM)  # type: ignore[no-untyped-call]
+    total: Tensor = _Sum.apply(values)  # type: ignore[no-untyped-call]
     return total
 
 
