@@ -81,8 +81,8 @@ def _join_restarted(backend: str) -> None:
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if attempt == 0 or dist.is_initialized():
         return
-    store, rank, processes = next(rendezvous("env://"))  # type: ignore[no-untyped-call]
-    own = dist.PrefixStore(f"slimnas/start_{attempt}", store)
+    store, rank, processes = next(rendezvous("env://"))
+    own = dist.PrefixStore(f"slimnas/start_{attempt}", store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=own, rank=rank, world_size=processes)
 
 
