@@ -17,7 +17,7 @@ WORKER = Path(__file__).with_name("distributed_worker.py")
 TOLERANCE = {"plain": 1e-9, "single": 1e-5, "accumulating": 1e-9, "supernet": 1e-9}
 
 
-def launch(folder: Path, *arguments: str, restarts: int = 0) -> None:
+def launch(folder: Path, *arguments: str, restarts: int = 0) -> str:
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", "2", "--max-restarts", str(restarts)),
@@ -26,6 +26,7 @@ def launch(folder: Path, *arguments: str, restarts: int = 0) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,8 @@ def test_two_processes_give_the_weights_of_one_with_the_whole_batch(
 
 @pytest.mark.slow
 def test_a_killed_process_is_restarted_and_nothing_is_lost(tmp_path: Path, of_two: Path) -> None:
-    launch(tmp_path, "7", restarts=1)
+    said = launch(tmp_path, "7", restarts=1)
+    assert "TrainingError: another process of this run ended" in said
     assert (tmp_path / "killed").exists()
     again = load_file(tmp_path / "plain.safetensors")
     whole = load_file(of_two / "plain.safetensors")

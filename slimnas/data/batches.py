@@ -177,24 +177,8 @@ class LazyPixels:
         )
 
 
-class TrainSource(Protocol):
-    """Images to train on: an `ImageSet`, or `StreamedImages`, which document the methods."""
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Per channel, pixels scaled to 0..1."""
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Likewise."""
-
-    @property
-    def flip(self) -> bool:
-        """Whether augmentation may mirror an image."""
-
-    @property
-    def cropped(self) -> bool:
-        """Whether training batches are random crops, so that nothing needs to be shifted."""
+class TrainImages(Protocol):
+    """What a network is trained on: an `ImageSet`, `StreamedImages`, or either augmented."""
 
     def __len__(self) -> int:
         """Images per epoch."""
@@ -213,7 +197,30 @@ class TrainSource(Protocol):
         start_batch: int = 0,
         part: Part = WHOLE,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield normalised images (B, C, H, W) float32 and labels (B,) int64."""
+        """Yield `part` of each batch of an epoch from `start_batch` on.
+
+        Normalised images (B, C, H, W) float32, and labels (B,) int64 or shares of classes (B, K).
+        """
+
+
+class TrainSource(TrainImages, Protocol):
+    """Images to augment: an `ImageSet`, or `StreamedImages`, which document the methods."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, pixels scaled to 0..1."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Likewise."""
+
+    @property
+    def flip(self) -> bool:
+        """Whether augmentation may mirror an image."""
+
+    @property
+    def cropped(self) -> bool:
+        """Whether training batches are random crops, so that nothing needs to be shifted."""
 
     def raw_batches(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from slimnas.arch.space import SearchSpace
+from slimnas.data.batches import TrainImages
 from slimnas.data.splits import SearchData
 from slimnas.errors import WeightsError
 from slimnas.nn.tensorfiles import load_tensors, save_tensors, tensors_digest
@@ -25,7 +26,7 @@ from slimnas.supernet.recipe import SupernetRecipe
 from slimnas.supernet.sandwich import Sandwich, sandwich_loss
 from slimnas.supernet.supernet import Supernet
 from slimnas.train.evaluate import top1_percent
-from slimnas.train.loop import StepReport, TrainImages, TrainTask, Watch, decay_groups, fit
+from slimnas.train.loop import StepReport, TrainTask, Watch, decay_groups, fit
 
 __all__ = [
     "Progress",

@@ -78,7 +78,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class AugmentedImages:
-    """Images as a recipe augments them; `slimnas.train.loop.TrainImages` is what it is used as.
+    """Images as a recipe augments them; `TrainImages` is what they are used as.
 
     Attributes:
         images: to augment.

@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from slimnas.data.batches import WHOLE, Part
+from slimnas.data.batches import TrainImages
 from slimnas.errors import TrainingError, WeightsError
 from slimnas.train.checkpoint import TrainState, load_state, save_state
 from slimnas.train.clipping import clip_gradients
@@ -35,7 +36,6 @@ from slimnas.train.sync_norm import synchronise_norms
 __all__ = [
     "Loss",
     "StepReport",
-    "TrainImages",
     "TrainTask",
     "Watch",
     "accelerator_for",
@@ -51,29 +51,6 @@ _STEP = 4  # keeps this random stream apart from those of data and routes
 Loss = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
 """The module to call, images (B, c, H, W), targets (B,) or (B, K), and step -> scalar loss, a
 mean over the images. The module may be wrapped: what is called must be the argument."""
-
-
-class TrainImages(Protocol):
-    """What a run trains on; `slimnas.data.batches.ImageSet` is one."""
-
-    def __len__(self) -> int:
-        """Images of one epoch."""
-
-    def steps(self, batch_size: int) -> int:
-        """How many batches an epoch has."""
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        device: torch.device | str,
-        seed: int,
-        epoch: int,
-        augment: bool,
-        start_batch: int = 0,
-        part: Part = WHOLE,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `part` of each batch of an epoch from `start_batch` on: images and targets."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +174,7 @@ def fit(
 
     Raises:
         WeightsError: the checkpoint is not this run's, or the loss is no longer finite.
-        TrainingError: out of memory, or a batch cannot be divided.
+        TrainingError: out of memory, a batch cannot be divided, or another process ended.
         KeyboardInterrupt: Ctrl-C; the step was finished and the checkpoint written.
     """
     watch = watch or Watch()
@@ -213,7 +190,10 @@ def fit(
             except NonFiniteLossError as error:
                 raise WeightsError(f"{error}; {keeper.last_good()}") from error
             except RuntimeError as error:
-                raise _out_of_memory(error, task.recipe) from error
+                told = _told(error, task.recipe, accelerator)
+                if told is None:
+                    raise
+                raise told from error
     keeper.save(state)
     accelerator.wait_for_everyone()
     return state.ema
@@ -274,15 +254,22 @@ def _mean(reports: Sequence[StepReport]) -> StepReport:
     )
 
 
-def _out_of_memory(error: RuntimeError, recipe: TrainRecipe) -> Exception:
-    """What to raise for a `RuntimeError` of torch: a line with advice if memory ran out."""
-    full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-    if not full:
-        return error
-    return TrainingError(
-        f"out of memory with batches of {recipe.batch_size} in {recipe.accumulation} parts; give a "
-        f"smaller --batch-size, or accumulation {2 * recipe.accumulation}"
-    )
+def _told(
+    error: RuntimeError, recipe: TrainRecipe, accelerator: Accelerator
+) -> TrainingError | None:
+    """One line for what torch raises when memory runs out or another process ends."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return TrainingError(
+            f"out of memory with batches of {recipe.batch_size} in {recipe.accumulation} parts; "
+            f"give a smaller --batch-size, or accumulation {2 * recipe.accumulation}"
+        )
+    gone = isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    if accelerator.num_processes > 1 and gone:
+        return TrainingError(
+            "another process of this run ended; what it said is above, and the same command goes "
+            "on from the last checkpoint"
+        )
+    return None
 
 
 class _Keeper:
