@@ -38,6 +38,7 @@ def origin(space: SearchSpace, images: torch.Tensor, labels: torch.Tensor) -> Or
         TrainedSupernet(supernet, "0", {}),
         SelectionEvaluator(Inheritance(supernet), images, images, labels),
         len(labels),
+        ((0.5,), (0.25,)),
     )
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import killed_searches
+import numpy as np
 import pytest
 import torch
-from killed_searches import RECIPE, search
+from killed_searches import RECIPE, SIDE, digits, search
 from micro import made_up_table, micro_space
 from safetensors.torch import load_file
 
@@ -33,6 +34,9 @@ from slimnas.search.run import SearchResult
 from slimnas.search.slimming import cheapest
 from slimnas.search.trajectory import Trajectory
 from slimnas.supernet.train import load_supernet
+from slimnas.zoo.create import create_model
+from slimnas.zoo.preprocessing import normalisation_of
+from slimnas.zoo.registry import get
 
 SPACE = micro_space()
 TABLE = made_up_table(SPACE)
@@ -98,6 +102,18 @@ def test_what_it_leaves(result: SearchResult, folder: Path) -> None:
     per_epoch = result.training[0]["step"]
     assert [row["step"] for row in result.training] == [per_epoch, 2 * per_epoch]
     assert RECIPE.epochs == 2
+
+
+def test_the_found_network_says_what_its_weights_need(result: SearchResult, folder: Path) -> None:
+    train = digits().train
+    pixels = train.store.take(np.arange(len(train))).numpy() / 255.0
+    mean, std = normalisation_of(get(folder).architecture) or ((), ())
+    assert mean == pytest.approx(pixels.mean(axis=(0, 2, 3)))
+    assert std == pytest.approx(pixels.std(axis=(0, 2, 3)))
+    again = create_model(folder, pretrained=True, resolution=SIDE).architecture
+    assert normalisation_of(again) == (mean, std)
+    bare = result.found[0].architecture.renamed("bare", {})
+    assert result.found[0].architecture.digest == bare.digest
 
 
 def test_the_same_command_again_does_nothing_new(result: SearchResult, folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import CostReport, cost
 from slimnas.arch.space import SearchSpace, Selection
+from slimnas.data.whole import Normalisation
 from slimnas.errors import MissingLatencyError, SpecError
 from slimnas.latency.estimate import Estimate, estimate
 from slimnas.latency.table import DeviceInfo, LatencyTable
@@ -22,6 +23,7 @@ from slimnas.supernet.inherit import Alphas, place_by
 from slimnas.supernet.train import TrainedSupernet
 from slimnas.zoo.entry import FOUND, save_model
 from slimnas.zoo.metrics import Metric
+from slimnas.zoo.preprocessing import KEY, preprocessing
 from slimnas.zoo.registry import get
 
 REFERENCE = "efficientformer_l1"
@@ -80,7 +82,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a found network was made from."""
+    """What a found network was made from.
+
+    Attributes:
+        config, space, table, trained: of the search.
+        evaluator: what judged it.
+        images: SEARCH images it was judged on.
+        normalisation: of the images that the supernet was trained with.
+    """
 
     config: SearchConfig
     space: SearchSpace
@@ -88,6 +97,7 @@ class Origin:
     trained: TrainedSupernet
     evaluator: SelectionEvaluator
     images: int
+    normalisation: Normalisation
 
 
 def save_found(origin: Origin, trajectory: Trajectory, answer: Answer, folder: Path) -> Found:
@@ -105,6 +115,7 @@ def save_found(origin: Origin, trajectory: Trajectory, answer: Answer, folder: P
         "supernet_digest": origin.trained.digest,
         "table_digest": origin.config.table_digest,
         "trained_at": origin.config.resolution,
+        KEY: preprocessing(*origin.normalisation),
     }
     architecture = origin.space.architecture(selection).renamed(name, provenance)
     network = origin.evaluator.inheritance.extract(architecture, selection=selection)

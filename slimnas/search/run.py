@@ -193,7 +193,8 @@ def run_search(
         meter=options.meter,
         on_state=evaluator.move_to,
     )
-    origin = Origin(config, space, table, trained, evaluator, images)
+    normalisation = (data.train.mean, data.train.std)
+    origin = Origin(config, space, table, trained, evaluator, images, normalisation)
     found = tuple(
         save_found(origin, walked.trajectory, one, found_folder(folder, config, one.target_ms))
         for one in walked.answers
