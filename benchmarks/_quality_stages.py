@@ -29,7 +29,7 @@ from slimnas.search.checks import table_digest
 from slimnas.search.importance import ImportanceRecord
 from slimnas.search.trajectory import Trajectory
 from slimnas.supernet.train import load_supernet
-from slimnas.train.loop import accelerator_for
+from slimnas.train.devices import accelerator_for
 from slimnas.train.recipe import TrainRecipe
 
 WITHOUT_END = "1000s"

@@ -49,7 +49,8 @@ from slimnas.measure.machine import load_average, this_machine
 from slimnas.nn.build import build
 from slimnas.prune.finetune import evaluate, train_on_labels
 from slimnas.prune.ratios import TITLES, ChannelRatios, RatioKind, RatioSet
-from slimnas.train.loop import StepReport, accelerator_for
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import StepReport
 from slimnas.train.recipe import TrainRecipe
 from slimnas.zoo.entry import ARCHITECTURE, load_entry, save_model
 from slimnas.zoo.metrics import Metric

@@ -41,7 +41,8 @@ from slimnas.search.run import open_evaluator
 from slimnas.supernet.recipe import SupernetRecipe
 from slimnas.supernet.supernet import Supernet
 from slimnas.supernet.train import TrainedSupernet, train_supernet
-from slimnas.train.loop import TrainTask, accelerator_for, decay_groups, fit
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import TrainTask, decay_groups, fit
 from slimnas.train.recipe import TrainRecipe
 
 HERE = Path(__file__).resolve().parent

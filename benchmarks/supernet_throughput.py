@@ -53,7 +53,8 @@ from slimnas.nn.build import build
 from slimnas.supernet.supernet import Supernet, mean_logits
 from slimnas.supernet.train import SupernetRecipe, supernet_task
 from slimnas.train.checkpoint import TrainState
-from slimnas.train.loop import TrainTask, accelerator_for, decay_groups, start, train_step
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import TrainTask, decay_groups, start, train_step
 
 HERE = Path(__file__).resolve().parent
 CERTAIN = 60.0

@@ -26,7 +26,8 @@ from slimnas.nn.build import build
 from slimnas.supernet.supernet import Supernet
 from slimnas.supernet.train import SupernetRecipe, supernet_task
 from slimnas.train import loop
-from slimnas.train.loop import StepReport, TrainTask, Watch, accelerator_for, decay_groups, fit
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import StepReport, TrainTask, Watch, decay_groups, fit
 from slimnas.train.recipe import TrainRecipe
 
 STEPS = 20

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from slimnas.arch.space import SearchSpace
 from slimnas.supernet.supernet import Supernet
 from slimnas.supernet.train import SupernetRecipe, supernet_task
-from slimnas.train.loop import TrainTask, accelerator_for, fit
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import TrainTask, fit
 
 
 def train() -> nn.Module:

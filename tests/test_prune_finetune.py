@@ -20,7 +20,8 @@ from slimnas.prune.apply import apply_plan
 from slimnas.prune.finetune import FinetuneRecipe, distillation_loss, evaluate, finetune
 from slimnas.prune.widths import WidthPlan
 from slimnas.train import loop
-from slimnas.train.loop import StepReport, accelerator_for
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import StepReport
 
 RECIPE = FinetuneRecipe(epochs=2, batch_size=20)
 

@@ -28,7 +28,8 @@ from slimnas.supernet.train import (
     train_supernet,
     weights_digest,
 )
-from slimnas.train.loop import accelerator_for, start, train_step
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import start, train_step
 
 CPU = accelerator_for("cpu")
 WITH_RECIPE = SPACE.replace(

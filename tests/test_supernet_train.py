@@ -29,7 +29,8 @@ from slimnas.supernet.train import (
     weights_digest,
 )
 from slimnas.train import loop
-from slimnas.train.loop import accelerator_for, start, train_step
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import start, train_step
 
 RECIPE = SupernetRecipe(epochs=2, batch_size=24, lr=4e-3)
 CPU = accelerator_for("cpu")

@@ -23,16 +23,9 @@ from train_cases import (
 from slimnas.errors import RuntimeUnavailableError, TrainingError, WeightsError
 from slimnas.train import loop
 from slimnas.train.checkpoint import load_state
+from slimnas.train.devices import accelerator_for
 from slimnas.train.evaluate import top1_percent
-from slimnas.train.loop import (
-    StepReport,
-    TrainTask,
-    Watch,
-    accelerator_for,
-    decay_groups,
-    fit,
-    start,
-)
+from slimnas.train.loop import StepReport, TrainTask, Watch, decay_groups, fit, start
 from slimnas.train.recipe import TrainRecipe, learning_rate_scale
 
 

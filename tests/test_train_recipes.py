@@ -17,6 +17,7 @@ from slimnas.nn.build import build
 from slimnas.nn.regularisation import set_drop_path, set_layer_scale
 from slimnas.train import loop
 from slimnas.train.augment import Augmentation, AugmentedImages
+from slimnas.train.devices import accelerator_for
 from slimnas.train.losses import network_loss
 from slimnas.train.network_recipe import CropSpec, NetworkRecipe, RandAugmentSpec
 from slimnas.train.recipe import TrainRecipe
@@ -248,7 +249,7 @@ def test_a_run_goes_on_as_if_it_never_stopped(
     """With all that a paper's recipe has: channels-last weights, mixing, a teacher, drop path."""
     small = {"epochs": 2, "batch_size": 12, "lr_reference_batch": 12, "warmup_epochs": 0}
     recipe = override_recipe(load_recipe(name), {**small, "drop_path": 0.2}).scaled()
-    accelerator = loop.accelerator_for("cpu")
+    accelerator = accelerator_for("cpu")
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", -1.0)
     wanted: list[float] = []
     whole = loop.fit(

@@ -11,14 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from slimnas.data.batches import ImageSet, MemoryPixels, Split
 from slimnas.train.checkpoint import TrainState
-from slimnas.train.loop import (
-    StepReport,
-    TrainTask,
-    Watch,
-    accelerator_for,
-    decay_groups,
-    train_step,
-)
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import StepReport, TrainTask, Watch, decay_groups, train_step
 from slimnas.train.recipe import TrainRecipe
 
 CLASSES = 3

@@ -13,8 +13,9 @@ from slimnas.data.splits import DataOptions
 from slimnas.data.training import TrainingData, open_training
 from slimnas.nn.build import Network, build
 from slimnas.train.config import TrainConfig
+from slimnas.train.devices import accelerator_for
 from slimnas.train.history import Row
-from slimnas.train.loop import StepReport, accelerator_for
+from slimnas.train.loop import StepReport
 from slimnas.train.recipes import load_recipe, override_recipe
 from slimnas.train.result import TrainResult
 from slimnas.train.run import RunOptions, run_training

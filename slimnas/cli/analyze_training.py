@@ -147,7 +147,7 @@ def open_budget(
     from slimnas.analysis.budget import DIGITS_RESOLUTION, TrainingBudget, resized
     from slimnas.arch.documents import parse_spec
     from slimnas.data.splits import open_data
-    from slimnas.train.loop import accelerator_for
+    from slimnas.train.devices import accelerator_for
     from slimnas.train.recipe import TrainRecipe
 
     shape = architecture.input.shape

@@ -147,8 +147,8 @@ def open_inputs(asked: Asked) -> Inputs:
     import hashlib
 
     from slimnas.nn.tensorfiles import tensors_digest
+    from slimnas.train.devices import accelerator_for
     from slimnas.train.evaluation_images import open_images
-    from slimnas.train.loop import accelerator_for
 
     device = accelerator_for(asked.device).device
     entry = _entry(asked)

@@ -127,7 +127,7 @@ def open_inputs(asked: Asked, folder: Path, progress: PruneProgress) -> Inputs:
     from slimnas.prune.config import PruneConfig
     from slimnas.prune.measured import open_meter
     from slimnas.prune.scored import load_scored
-    from slimnas.train.loop import accelerator_for
+    from slimnas.train.devices import accelerator_for
 
     device = accelerator_for(asked.prune_on).device
     table = None

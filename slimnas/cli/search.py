@@ -280,7 +280,7 @@ def _run(inputs: SearchInputs, folder: Path, train_on: str, as_json: bool) -> No
     from slimnas.search.checks import check_search, require_fitting
     from slimnas.search.config import claim, refuse_other_run
     from slimnas.search.run import RunOptions, run_search
-    from slimnas.train.loop import accelerator_for
+    from slimnas.train.devices import accelerator_for
 
     config = inputs.config
     if not is_main_process():

@@ -80,7 +80,7 @@ def _subject(run: Path, config: SearchConfig, evaluate_on: str) -> Subject:
     from slimnas.search.record_making import JOURNAL, JournaledEvaluator, Subject
     from slimnas.search.run import SUPERNET, open_evaluator
     from slimnas.supernet.train import load_supernet
-    from slimnas.train.loop import accelerator_for
+    from slimnas.train.devices import accelerator_for
 
     if not (run / SUPERNET).is_file():
         raise RunFolderError(

@@ -27,7 +27,8 @@ from slimnas.data.whole import Normalisation, WholeData, open_whole
 from slimnas.errors import PruneError, WeightsError
 from slimnas.nn.build import Network, build
 from slimnas.prune.finetune import evaluate, train_on_labels
-from slimnas.train.loop import StepReport, accelerator_for
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import StepReport
 from slimnas.train.recipe import TrainRecipe
 from slimnas.zoo.create import create_model, find_weights
 from slimnas.zoo.entry import ARCHITECTURE, Entry, load_entry, save_model

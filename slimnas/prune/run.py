@@ -42,7 +42,8 @@ from slimnas.prune.pretrained import Start
 from slimnas.prune.scored import Scored, Scoring, scored_network
 from slimnas.prune.select import Selected, select
 from slimnas.prune.widths import WidthPlan
-from slimnas.train.loop import StepReport, accelerator_for
+from slimnas.train.devices import accelerator_for
+from slimnas.train.loop import StepReport
 from slimnas.zoo.entry import FOUND, METRICS, WEIGHTS
 from slimnas.zoo.metrics import Metrics, load_metrics, save_metrics
 from slimnas.zoo.weights import load_weights, save_weights

@@ -52,7 +52,7 @@ from slimnas.supernet.train import (
     save_supernet,
     train_supernet,
 )
-from slimnas.train.loop import accelerator_for
+from slimnas.train.devices import accelerator_for
 
 SUPERNET = "supernet.safetensors"
 TRAINING_STATE = "training.safetensors"

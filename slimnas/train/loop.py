@@ -28,7 +28,7 @@ from slimnas.data.batches import TrainImages
 from slimnas.errors import TrainingError, WeightsError
 from slimnas.train.checkpoint import TrainState, load_state, save_state
 from slimnas.train.clipping import clip_gradients
-from slimnas.train.devices import accelerator_for, check_batch, part_of
+from slimnas.train.devices import check_batch, part_of
 from slimnas.train.interrupt import deferred_interrupt
 from slimnas.train.recipe import TrainRecipe, learning_rate_scale
 from slimnas.train.sync_norm import synchronise_norms
@@ -38,7 +38,6 @@ __all__ = [
     "StepReport",
     "TrainTask",
     "Watch",
-    "accelerator_for",
     "decay_groups",
     "fit",
     "start",

@@ -25,10 +25,10 @@ from slimnas.nn.regularisation import set_drop_path, set_layer_scale
 from slimnas.nn.tensorfiles import tensors_digest
 from slimnas.train.augment import Augmentation, AugmentedImages
 from slimnas.train.config import FRESH, TrainConfig, claim
-from slimnas.train.devices import check_batch, part_of
+from slimnas.train.devices import accelerator_for, check_batch, part_of
 from slimnas.train.history import FILE as HISTORY
 from slimnas.train.history import Row, append_row, read_history
-from slimnas.train.loop import StepReport, TrainTask, Watch, accelerator_for, decay_groups, fit
+from slimnas.train.loop import StepReport, TrainTask, Watch, decay_groups, fit
 from slimnas.train.losses import network_loss
 from slimnas.train.result import (
     BEST,
