@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,28 @@ def test_a_pickle_that_would_run_code(tmp_path: Path) -> None:
     torch.save({"model": Malicious()}, tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match="cannot be read as weights"):
         load_weights(tmp_path / "weights.pth", TINY)
+
+
+def test_whatever_bytes_in_a_pth_file_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    rng, seen = random.Random(0), 0
+    given = [b"hello\nthis is text\n", b"", b"\x80\x02.", b"{}", b"name: x\n", b"PK\x03\x04"]
+    given += [rng.randbytes(rng.randint(1, 60)) for _ in range(600)]
+    for content in given:
+        path.write_bytes(content)
+        with pytest.raises(
+            WeightsError, match=r"weights\.pth: (cannot be read|must hold)"
+        ) as caught:
+            load_weights(path, TINY)
+        assert "\n" not in str(caught.value), content
+        seen += 1
+    assert seen == 606
+
+
+def test_a_checkpoint_whose_names_are_numbers(tmp_path: Path) -> None:
+    torch.save({0: torch.zeros(1), 1: torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="must hold a dict of tensors"):
+        load_weights(tmp_path / "w.pth", TINY)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,11 @@ from slimnas.zoo.state import check_state
 SCHEMA = "slimnas/weights/1"
 _PICKLED = {".pt", ".pth", ".bin"}
 _WRAPPERS = ("model", "state_dict")
+_LEAKS = (
+    *(OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError),
+    *(AssertionError, ArithmeticError, MemoryError, struct.error, pickle.UnpicklingError),
+)
+"""What torch.load lets through of files that are no checkpoints: text, other pickles, cut ones."""
 
 
 def save_weights(path: str | Path, state: Mapping[str, Tensor], architecture: Architecture) -> None:
@@ -63,9 +70,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix not in _PICKLED:
         return load_tensors(path, "weights")
     try:
-        return _unwrapped(torch.load(path, map_location="cpu", weights_only=True), path), {}
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"{path}: cannot be read as weights ({_line(error)})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of a pickle; it loads, or it fails
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except _LEAKS as error:
+        raise WeightsError(
+            f"{path}: cannot be read as weights ({_line(error)}); expected a checkpoint that "
+            "torch.save wrote"
+        ) from error
+    return _unwrapped(loaded, path), {}
 
 
 def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:
@@ -73,10 +86,14 @@ def _unwrapped(loaded: Any, path: Path) -> dict[str, Tensor]:
     for key in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    ):
         raise WeightsError(f"{path}: must hold a dict of tensors, or one under 'model'")
     return dict(loaded)
 
 
 def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    kind = type(error).__name__
+    speaks = isinstance(error, (OSError, RuntimeError, pickle.UnpicklingError))
+    return (str(error).splitlines() or [kind])[0] if speaks else kind
