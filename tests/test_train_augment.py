@@ -18,7 +18,6 @@ from torch import Tensor
 
 from slimnas.data.batches import WHOLE, ImageSet, MemoryPixels, Part, Split
 from slimnas.train.augment import (
-    Augmentation,
     AugmentedImages,
     crop_boxes,
     crop_images,
@@ -27,8 +26,9 @@ from slimnas.train.augment import (
     mix,
     soft_targets,
 )
-from slimnas.train.network_recipe import CropSpec, NetworkRecipe, RandAugmentSpec
+from slimnas.train.network_recipe import Augmentation, CropSpec, RandAugmentSpec
 from slimnas.train.randaugment import MOVES, NAMES, color_jitter, operate, rand_augment
+from slimnas.train.recipe import TrainRecipe
 from slimnas.train.recipes import load_recipe
 
 FILL = (124, 116, 104)
@@ -56,7 +56,6 @@ EVERYTHING = Augmentation(
     cutmix=1.0,
     erasing=0.5,
     repeats=2,
-    label_smoothing=0.1,
 )
 
 
@@ -333,13 +332,13 @@ def test_without_anything_it_is_what_the_images_give() -> None:
         assert same(all_batches(plain), all_batches(images))
         assert len(plain) == 10
         assert plain.steps(4) == images.steps(4) == 2
-        everything = AugmentedImages(images, EVERYTHING, 4)
+        everything = AugmentedImages(images, EVERYTHING, 4, smoothing=0.1)
         assert same(all_batches(everything, augment=False), all_batches(images, augment=False))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_batch_follows_from_its_place(channels: int) -> None:
-    images = AugmentedImages(image_set(channels=channels), EVERYTHING, 4)
+    images = AugmentedImages(image_set(channels=channels), EVERYTHING, 4, smoothing=0.1)
     pixels = images.images.store.pixels.clone()  # type: ignore[attr-defined]
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -408,15 +407,15 @@ def test_crops_are_left_to_images_that_are_cropped() -> None:
 
 
 @pytest.mark.parametrize("name", ["efficientformer", "litv2", "quick"])
-def test_a_recipes_fields_arrive(name: str) -> None:
+def test_a_recipe_augments_as_its_part_that_says_how(name: str) -> None:
     recipe = load_recipe(name)
-    plan = Augmentation.of(recipe)
-    names = [field.name for field in dataclasses.fields(plan)]
-    assert {field: getattr(plan, field) for field in names} == {
-        field: getattr(recipe, field) for field in names
-    }
-    assert plan.mixes == recipe.mixes
-    assert set(names) <= set(NetworkRecipe.model_fields)
+    part = Augmentation(**{key: getattr(recipe, key) for key in Augmentation.model_fields})
+    assert not set(Augmentation.model_fields) & set(TrainRecipe.model_fields)
+    assert recipe.mixes == part.mixes == (name != "quick")
+    whole, alone = (
+        all_batches(AugmentedImages(image_set(), plan, 4, smoothing=0.1)) for plan in (recipe, part)
+    )
+    assert same(whole, alone)
 
 
 def test_colour_jitter_gives_way_to_randaugment() -> None:
@@ -432,8 +431,8 @@ def test_colour_jitter_gives_way_to_randaugment() -> None:
 def test_kornia_comes_when_it_is_needed_and_torchvision_never() -> None:
     code = """
 import sys, torch
-from slimnas.train.augment import Augmentation, AugmentedImages
-from slimnas.train.network_recipe import RandAugmentSpec
+from slimnas.train.augment import AugmentedImages
+from slimnas.train.network_recipe import Augmentation, RandAugmentSpec
 from slimnas.train.randaugment import NAMES, operate
 assert "kornia" not in sys.modules
 n = len(NAMES)

@@ -16,7 +16,7 @@ from slimnas.errors import SlimnasError, SpecError
 from slimnas.nn.build import build
 from slimnas.nn.regularisation import set_drop_path, set_layer_scale
 from slimnas.train import loop
-from slimnas.train.augment import Augmentation, AugmentedImages
+from slimnas.train.augment import AugmentedImages
 from slimnas.train.devices import accelerator_for
 from slimnas.train.losses import network_loss
 from slimnas.train.network_recipe import CropSpec, NetworkRecipe, RandAugmentSpec
@@ -236,7 +236,7 @@ def task_of(recipe: NetworkRecipe) -> loop.TrainTask:
         model=network,
         groups=loop.decay_groups(dict(network.named_parameters()), recipe),
         loss=network_loss(recipe, teacher),
-        images=AugmentedImages(images, Augmentation.of(recipe), 10),
+        images=AugmentedImages(images, recipe, 10, smoothing=recipe.label_smoothing),
         recipe=recipe,
         seed=3,
     )

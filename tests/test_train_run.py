@@ -29,7 +29,7 @@ from slimnas.nn.build import build
 from slimnas.nn.layers import LayerScale
 from slimnas.nn.tensorfiles import tensors_digest
 from slimnas.report.training import training_curves
-from slimnas.train import run
+from slimnas.train import loop, run
 from slimnas.train.config import TrainConfig, claim
 from slimnas.train.history import append_row, read_history
 from slimnas.train.result import TrainResult, best_row, load_result
@@ -158,6 +158,24 @@ def test_another_run_s_folder_is_refused(data: TrainingData, tmp_path: Path) -> 
     (tmp_path / "config.yaml").write_text("schema: slimnas/search-config/1\n")
     with pytest.raises(SpecError, match="must be 'slimnas/train-config/1'"):
         train(tmp_path, data)
+
+
+def test_mixed_targets_are_smoothed_as_the_recipe_says(
+    data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(arguments[-1])
+        return train_step(*arguments)
+
+    train_step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", watched)
+    train(tmp_path, data, config(mixup=0.8, label_smoothing=0.2, epochs=1))
+    assert len(seen) == STEPS // EPOCHS
+    for shares in seen:
+        assert shares.sum(dim=1) == pytest.approx(1.0)
+        assert shares.min() == pytest.approx(0.2 / 10)  # of a class that neither image has
 
 
 def test_what_is_learnt_later_does_not_count_before(data: TrainingData, tmp_path: Path) -> None:

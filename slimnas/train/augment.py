@@ -28,7 +28,7 @@ from slimnas.data.batches import (
     normalise,
     shift_and_flip,
 )
-from slimnas.train.network_recipe import CropSpec, NetworkRecipe, RandAugmentSpec
+from slimnas.train.network_recipe import Augmentation, CropSpec
 from slimnas.train.randaugment import color_jitter, rand_augment
 
 _PIXELS, _MIX = 11, 12  # keep these random streams apart from those of the data
@@ -40,55 +40,20 @@ Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """What is done to images; fields as in `NetworkRecipe`."""
-
-    crop: CropSpec | None = None
-    randaugment: RandAugmentSpec | None = None
-    color_jitter: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_prob: float = 1.0
-    mix_switch: float = 0.5
-    erasing: float = 0.0
-    repeats: int = 1
-    label_smoothing: float = 0.0
-
-    @classmethod
-    def of(cls, recipe: NetworkRecipe) -> Augmentation:
-        """What `recipe` asks for."""
-        return cls(
-            crop=recipe.crop,
-            randaugment=recipe.randaugment,
-            color_jitter=recipe.color_jitter,
-            mixup=recipe.mixup,
-            cutmix=recipe.cutmix,
-            mix_prob=recipe.mix_prob,
-            mix_switch=recipe.mix_switch,
-            erasing=recipe.erasing,
-            repeats=recipe.repeats,
-            label_smoothing=recipe.label_smoothing,
-        )
-
-    @property
-    def mixes(self) -> bool:
-        """Whether batches may be mixed, so that targets are shares of classes."""
-        return (self.mixup > 0 or self.cutmix > 0) and self.mix_prob > 0
-
-
-@dataclass(frozen=True)
 class AugmentedImages:
     """Images as a recipe augments them; `TrainImages` is what they are used as.
 
     Attributes:
         images: to augment.
-        augmentation: how.
+        augmentation: how; a recipe is one.
         classes: number of classes K, for shares of classes.
+        smoothing: share of a mixed target spread over all classes.
     """
 
     images: TrainSource
     augmentation: Augmentation
     classes: int
+    smoothing: float = 0.0
 
     def __len__(self) -> int:
         return len(self.images)
@@ -181,7 +146,7 @@ class AugmentedImages:
         if not plan.mixes:
             return images, labels
         lam, box = draw_mix(plan, (images.shape[2], images.shape[3]), key)
-        targets = soft_targets(labels, lam, classes=self.classes, smoothing=plan.label_smoothing)
+        targets = soft_targets(labels, lam, classes=self.classes, smoothing=self.smoothing)
         return mix(images, lam, box), targets
 
 

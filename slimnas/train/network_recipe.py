@@ -1,4 +1,7 @@
-"""How a whole network is trained: `TrainRecipe` with augmentation, drop path and distillation."""
+"""How a whole network is trained: `TrainRecipe` with augmentation, drop path and distillation.
+
+`Augmentation` is the part of it that `slimnas.train.augment` goes by.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +53,10 @@ class CropSpec(Spec):
         return self
 
 
-class NetworkRecipe(TrainRecipe):
-    """`TrainRecipe` and what only the training of a whole network has.
+class Augmentation(Spec):
+    """What is done to training images, beside the shift and mirror of `TrainRecipe.augment`.
 
     Attributes:
-        lr_reference_batch: images per step that `lr` is meant for; the learning rate then grows
-            linearly with `batch_size`. None for `lr` as it is.
         crop: random resized crop; None shifts each image by up to an eighth of its side instead.
         randaugment: operations drawn per image; None for none.
         color_jitter: largest change of brightness, contrast and saturation, as a share. As in
@@ -66,6 +67,30 @@ class NetworkRecipe(TrainRecipe):
         mix_switch: share of mixed batches that CutMix gets where both are on.
         erasing: share of images with a rectangle of noise in them (Zhong et al. 2020).
         repeats: copies of each image in a batch, augmented differently (Hoffer et al. 2020).
+    """
+
+    crop: CropSpec | None = None
+    randaugment: RandAugmentSpec | None = None
+    color_jitter: Share = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    mix_prob: Probability = 1.0
+    mix_switch: Probability = 0.5
+    erasing: Probability = 0.0
+    repeats: Whole = 1
+
+    @property
+    def mixes(self) -> bool:
+        """Whether batches may be mixed, so that targets are shares of classes."""
+        return (self.mixup > 0 or self.cutmix > 0) and self.mix_prob > 0
+
+
+class NetworkRecipe(Augmentation, TrainRecipe):
+    """`TrainRecipe`, `Augmentation` and what else only the training of a whole network has.
+
+    Attributes:
+        lr_reference_batch: images per step that `lr` is meant for; the learning rate then grows
+            linearly with `batch_size`. None for `lr` as it is.
         drop_path: stochastic depth of the last block, from 0 at the first (Huang et al. 2016).
         layer_scale: what every layer scale starts at, and BatchNorms that would start at 0; None
             leaves both as the architecture has them.
@@ -77,15 +102,6 @@ class NetworkRecipe(TrainRecipe):
     """
 
     lr_reference_batch: Whole | None = None
-    crop: CropSpec | None = None
-    randaugment: RandAugmentSpec | None = None
-    color_jitter: Share = 0.0
-    mixup: NotNegative = 0.0
-    cutmix: NotNegative = 0.0
-    mix_prob: Probability = 1.0
-    mix_switch: Probability = 0.5
-    erasing: Probability = 0.0
-    repeats: Whole = 1
     drop_path: Share = 0.0
     layer_scale: Positive | None = None
     distillation: Literal["none", "hard", "soft"] = "none"
@@ -101,11 +117,6 @@ class NetworkRecipe(TrainRecipe):
                 "distillation to 'none'"
             )
         return self
-
-    @property
-    def mixes(self) -> bool:
-        """Whether batches may be mixed, so that targets are shares of classes."""
-        return (self.mixup > 0 or self.cutmix > 0) and self.mix_prob > 0
 
     def scaled(self) -> NetworkRecipe:
         """The same recipe with the learning rate of its own batch size.

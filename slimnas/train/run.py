@@ -23,7 +23,7 @@ from slimnas.errors import RunFolderError
 from slimnas.nn.build import Network
 from slimnas.nn.regularisation import set_drop_path, set_layer_scale
 from slimnas.nn.tensorfiles import tensors_digest
-from slimnas.train.augment import Augmentation, AugmentedImages
+from slimnas.train.augment import AugmentedImages
 from slimnas.train.config import FRESH, TrainConfig, claim
 from slimnas.train.devices import accelerator_for, check_batch, part_of
 from slimnas.train.history import FILE as HISTORY
@@ -189,7 +189,7 @@ class _Run:
             groups=decay_groups(dict(self.network.named_parameters()), recipe),
             loss=network_loss(recipe, teacher),
             images=AugmentedImages(
-                self.data.train, Augmentation.of(recipe), len(self.data.class_names)
+                self.data.train, recipe, self.data.classes, smoothing=recipe.label_smoothing
             ),
             recipe=recipe,
             seed=config.seed,
