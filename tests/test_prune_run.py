@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import killed_prunes
@@ -208,6 +209,19 @@ def test_iterations_go_down_geometrically_and_compose(tmp_path: Path) -> None:
     assert events.of("macs_50pct step 3/3: importance")[-1] == 60
     one_shot = prune(tmp_path / "one", HALF).found[0]
     assert one_shot.plan != found.plan
+
+
+def test_a_step_that_goes_past_the_limits_after_it_leaves_them_nothing_to_do(
+    tmp_path: Path,
+) -> None:
+    result = prune(tmp_path, HALF, iterations=5, units=("layer",))
+    found = result.found[0]
+    places = [found.folder / "steps" / str(step) for step in range(1, 5)] + [found.folder]
+    macs = [figures(place)[MACS] for place in places]
+    limits = [0.5 ** (step / 5) * cost(ARCHITECTURE).macs for step in range(1, 6)]
+    assert all(has <= limit for has, limit in zip(macs, limits, strict=True))
+    assert any(after == before for before, after in pairwise(macs))
+    assert found.plan.architecture(ARCHITECTURE) == found.architecture
 
 
 def test_a_stopped_iteration_ends_the_same(tmp_path: Path) -> None:

@@ -282,11 +282,16 @@ class _Run:
     ) -> tuple[WidthPlan, Network]:
         """Choose, cut, correct, train if asked, judge and write."""
         config, source = self.config, scored.network
+        limit = step.limit
+        if whole is not None:
+            # A step that cuts whole layers may go below the next limit: there is nothing to do.
+            cost = CostModel(step.budget.kind, self.origin.table).total(source.architecture)
+            limit = min(limit, cost)
         self.listener.stage(f"{step.name}: planning", 0, 1)
         selected = select(
             source.architecture,
             scored.scores,
-            Budget(step.budget.kind, step.limit),
+            Budget(step.budget.kind, limit),
             units=config.units,
             method=config.method,
             round_to=config.round_to,
