@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import cost
 from slimnas.cli.prune_rules import rules
-from slimnas.errors import MissingLatencyError, PruneError
+from slimnas.errors import MissingLatencyError, PruneError, SpecError
 from slimnas.latency.devices import find_device
 from slimnas.prune.costs import Budget
 from slimnas.prune.findings import compare_with_savit, published_findings
@@ -212,6 +212,13 @@ def test_width_must_be_a_multiple_of_8() -> None:
             rule.architecture(width)
 
 
+def test_a_name_that_no_architecture_may_have_is_one_line() -> None:
+    rule = make_rule(made("deit_tiny", late))
+    with pytest.raises(SpecError, match=r"width rule: name: .*'my net'") as caught:
+        rule.architecture(64, name="my net")
+    assert "\n" not in str(caught.value)
+
+
 def test_published_findings_by_hand() -> None:
     ratios = made("deit_tiny", late)
     found = {finding.name: finding for finding in published_findings(ratios)}
@@ -295,6 +302,7 @@ def test_command(run: Path) -> None:
         (["--output", "x.yaml"], "needs one of"),
         (["--latency", "3ms"], "go together"),
         (["--device", "iphone12"], "go together"),
+        (["--seed", "-1"], "--seed"),
     ],
 )
 def test_command_refusals(run: Path, options: list[str], message: str) -> None:

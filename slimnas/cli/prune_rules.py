@@ -55,7 +55,7 @@ def rules(
     output: Annotated[
         Path | None, typer.Option(help="Architecture file to write, such as architecture.yaml.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the test for dependence on depth.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the test for dependence on depth.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Turn channel ratios into a compact width rule, with the evidence for each width.

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from slimnas.arch.architecture import AnyBlock, Architecture
+from slimnas.arch.documents import parse_spec
 from slimnas.errors import MissingLatencyError, PruneError
 from slimnas.latency.table import LatencyTable
 from slimnas.prune.costs import Budget, CostModel, amount_text
@@ -139,6 +140,7 @@ class WidthRule:
 
         Raises:
             PruneError: another width, or a stage of which nothing would stay.
+            SpecError: a name that no architecture may have, or widths that none may.
         """
         if width < EMBEDDING_STEP or width % EMBEDDING_STEP:
             raise PruneError(f"width rule: the embedding must be a multiple of 8, got {width}")
@@ -162,15 +164,14 @@ class WidthRule:
         origin = {"ratios_of": self.source.name, "budgets": list(self.budgets), "rule": values}
         stem = {**self.source.stem.model_dump()}
         stem["width"] = _to_multiple(stem["width"] * width / first, EMBEDDING_STEP)
-        return Architecture.model_validate(
-            {
-                **self.source.model_dump(),
-                "name": name or f"{self.source.name}_rule",
-                "stem": stem,
-                "stages": stages,
-                "provenance": {"width_rule": origin},
-            }
-        )
+        data = {
+            **self.source.model_dump(),
+            "name": name or f"{self.source.name}_rule",
+            "stem": stem,
+            "stages": stages,
+            "provenance": {"width_rule": origin},
+        }
+        return parse_spec(Architecture, data, source="width rule")
 
     def _block(self, block: AnyBlock, before: int, width: int, position: int) -> dict[str, Any]:
         fields = block.model_dump()
@@ -251,6 +252,7 @@ def instantiate(
 
     Raises:
         PruneError: the narrowest network is above the budget; its cost is named.
+        SpecError: a name that no architecture may have.
         MissingLatencyError: the table prices no width of it.
     """
     model = CostModel(budget.kind, table)
