@@ -123,4 +123,4 @@ def test_damaged_and_foreign_files_are_one_line(tmp_path: Path) -> None:
     path.write_bytes(whole[:-40])
     refused(WeightsError, "damaged or not safetensors")
     path.unlink()
-    refused(WeightsError, "no such file; expected an importance score file")
+    refused(WeightsError, "no such file; expected importance scores")

@@ -25,7 +25,7 @@ from slimnas.nn.units import attention_of
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 
 SCHEMA = "slimnas/scores/1"
-WHAT = "an importance score file (slimnas prune --save-scores)"
+WHAT = "importance scores (scores.safetensors in the run folder of slimnas prune)"
 EMBEDDING = "embedding"
 
 
@@ -126,9 +126,7 @@ class Scores(ScoresHeader):
         tensors, metadata = load_tensors(path, WHAT)
         given = metadata.pop("schema", None)
         if given != SCHEMA:
-            raise PruneError(
-                f"{path}: schema: must be {SCHEMA!r}, got {given!r}; this is not {WHAT}"
-            )
+            raise PruneError(f"{path}: schema: must be {SCHEMA!r}, got {given!r}; expected {WHAT}")
         return cls(**_header(metadata, path), **_from_tensors(tensors, path))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
