@@ -358,6 +358,8 @@ def test_another_run_s_folder_is_refused(
         ("prune --model mini --basis turned", "--basis"),
         ("prune --model mini --images 0", "--images"),
         ("prune --model mini --report everything", "--report"),
+        ("prune --model mini --lr 0.1", "--lr: for fine-tuning; give --finetune-epochs as"),
+        ("prune --model mini --temperature 3 --finetune-between", "--temperature, --finetune-"),
     ],
 )
 def test_wrong_usage_exits_with_2(

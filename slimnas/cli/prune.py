@@ -178,13 +178,7 @@ def prune(
         raise typer.BadParameter("must be given", param_hint="'--model'")
     # Read by OpenMP when torch loads it; see slimnas.cli.search.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    finetune = {
-        "epochs": finetune_epochs,
-        "lr": lr,
-        "distillation": distillation,
-        "temperature": temperature,
-    }
-    given = {key: value for key, value in finetune.items() if value is not None}
+    finetune = {"lr": lr, "distillation": distillation, "temperature": temperature}
     asked = Asked(
         model=model,
         weights=weights,
@@ -205,7 +199,7 @@ def prune(
             "round_to": round_to,
             "iterations": iterations,
             "correction": correction.value,
-            "finetune": given if finetune_epochs else None,
+            "finetune": _finetune(finetune_epochs, finetune, between=finetune_between),
             "finetune_between": finetune_between,
             "seed": seed,
         },
@@ -216,6 +210,25 @@ def prune(
         clock=None if clock is None else clock.value,
     )
     _prune(asked, output, as_json)
+
+
+def _finetune(
+    epochs: int, options: dict[str, float | None], *, between: bool
+) -> dict[str, float] | None:
+    """The recipe of the command line; None for no fine-tuning.
+
+    Raises:
+        typer.BadParameter: an option of a fine-tuning that was not asked for.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    if epochs:
+        return {"epochs": epochs, **given}
+    unused = [f"--{key}" for key in given] + ["--finetune-between"] * between
+    if unused:
+        raise typer.BadParameter(
+            f"{', '.join(unused)}: for fine-tuning; give --finetune-epochs as well"
+        )
+    return None
 
 
 def _budgets(
