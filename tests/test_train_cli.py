@@ -196,6 +196,7 @@ def test_other_classes_get_a_fresh_head(fresh: Path, capsys: pytest.CaptureFixtu
         ("--set mixup=[", "is no YAML value"),
         ("--set randaugment.magnitude=30", "randaugment.magnitude: must be at most 10"),
         ("--lr -1", "lr: must be above 0"),
+        ("--set warmup_epochs=3", "the 3 of warm-up and 0 of cool-down, got 3; give more"),
         ("--batch-size 1000", "batch"),
         ("--set accumulation=3", "must be a multiple of 3"),
         ("--weights absent.safetensors", "absent.safetensors: no such file"),

@@ -190,6 +190,7 @@ def test_what_is_learnt_later_does_not_count_before(data: TrainingData, tmp_path
     ("change", "error", "message"),
     [
         ({"batch_size": 1000}, DataError, "not be larger than the data, got 1000 for 160"),
+        ({"warmup_epochs": 3}, TrainingError, "3 of warm-up and 0 of cool-down, got 3"),
         ({"accumulation": 5}, TrainingError, "must be a multiple of 5"),
         ({"distillation": "hard", "teacher": "x"}, WeightsError, "needs a teacher and got none"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -15,15 +16,18 @@ from train_cases import (
     task,
 )
 
+from slimnas.errors import TrainingError
 from slimnas.train.clipping import clip_adaptively, clip_gradients
 from slimnas.train.loop import (
     Loss,
     TrainTask,
     decay_groups,
+    fit,
     start,
     train_step,
 )
-from slimnas.train.recipe import TrainRecipe, learning_rate_scale
+from slimnas.train.recipe import TrainRecipe, check_schedule, learning_rate_scale
+from slimnas.train.recipes import load_recipe, shipped_recipes
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(0.0, 10), (0.1, 100), (0.5, 7), (0.9, 3), (0.1, 1)])
@@ -194,3 +198,43 @@ def test_warm_up_in_epochs_and_cool_down() -> None:
     falling = [0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / 20)) for step in range(20)]
     assert rates[8:28] == pytest.approx(falling)
     assert rates[28:] == pytest.approx([0.01] * 12)
+
+
+@pytest.mark.parametrize("cooldown", [0, 2])
+@pytest.mark.parametrize("warmup", [0.0, 1.5, 3.0, 5.0])
+@pytest.mark.parametrize("epochs", [1, 3, 5, 6, 9])
+def test_a_schedule_without_training_is_refused(epochs: int, warmup: float, cooldown: int) -> None:
+    """One in which no rate lies between the highest and the lowest once the highest is reached."""
+    recipe = TrainRecipe(
+        epochs=epochs, lr=1.0, min_lr=0.01, warmup_epochs=warmup, cooldown_epochs=cooldown
+    )
+    rates = [learning_rate_scale(recipe, step, 8 * epochs) for step in range(8 * epochs)]
+    falling = [rate for rate in rates[rates.index(max(rates)) + 1 :] if rate > 0.01 + 1e-9]
+    if falling:
+        check_schedule(recipe)
+        return
+    with pytest.raises(TrainingError, match=rf"the {warmup:g} of warm-up and {cooldown} of .* got"):
+        check_schedule(recipe)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_schedules_train_and_refuse_what_is_too_short(name: str) -> None:
+    recipe = load_recipe(name)
+    check_schedule(recipe)
+    short = recipe.model_copy(update={"epochs": 2})
+    if recipe.warmup_epochs is None:
+        check_schedule(short)
+        return
+    with pytest.raises(TrainingError, match=r"or --set warmup_epochs=0\.2$") as caught:
+        check_schedule(short)
+    key, _, value = str(caught.value).rpartition(" ")[2].partition("=")
+    check_schedule(short.model_copy(update={key: float(value)}))
+
+
+def test_fit_refuses_before_it_trains() -> None:
+    given = task()
+    late = dataclasses.replace(given, recipe=given.recipe.model_copy(update={"warmup_epochs": 3}))
+    before = {name: value.clone() for name, value in late.model.state_dict().items()}
+    with pytest.raises(TrainingError, match="3 of warm-up and 0 of cool-down, got 3"):
+        fit(late, CPU)
+    assert all(torch.equal(before[name], value) for name, value in late.model.state_dict().items())

@@ -64,6 +64,7 @@ def find_inputs(asked: Asked) -> Inputs:
     from slimnas.arch.documents import parse_spec
     from slimnas.errors import SpecError
     from slimnas.train.config import TrainConfig
+    from slimnas.train.recipe import check_schedule
     from slimnas.train.start import find_start
 
     if asked.settings["images_per_epoch"] is not None and not asked.settings["stream"]:
@@ -71,6 +72,7 @@ def find_inputs(asked: Asked) -> Inputs:
             "--images-per-epoch: is for streams; give --stream as well, or --max-images"
         )
     recipe = chosen_recipe(asked.recipe, asked.flags, asked.changes)
+    check_schedule(recipe)
     start = find_start(
         asked.model,
         weights=asked.weights,

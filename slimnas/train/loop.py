@@ -30,7 +30,7 @@ from slimnas.train.checkpoint import TrainState, load_state, save_state
 from slimnas.train.clipping import clip_gradients
 from slimnas.train.devices import check_batch, part_of
 from slimnas.train.interrupt import deferred_interrupt
-from slimnas.train.recipe import TrainRecipe, learning_rate_scale
+from slimnas.train.recipe import TrainRecipe, check_schedule, learning_rate_scale
 from slimnas.train.sync_norm import synchronise_norms
 
 __all__ = [
@@ -173,10 +173,12 @@ def fit(
 
     Raises:
         WeightsError: the checkpoint is not this run's, or the loss is no longer finite.
-        TrainingError: out of memory, a batch cannot be divided, or another process ended.
+        TrainingError: out of memory, a batch cannot be divided, no epoch lies between warm-up and
+            cool-down, or another process ended.
         KeyboardInterrupt: Ctrl-C; the step was finished and the checkpoint written.
     """
     watch = watch or Watch()
+    check_schedule(task.recipe)
     check_batch(task.recipe, len(task.images), accelerator)
     state = start(task, accelerator)
     if checkpoint is not None and checkpoint.is_file():

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from slimnas.arch.documents import Spec
+from slimnas.errors import TrainingError
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -63,6 +64,25 @@ class TrainRecipe(Spec):
     sync_bn: bool = False
     channels_last: bool = False
     compile: bool = False
+
+
+def check_schedule(recipe: TrainRecipe) -> None:
+    """Refuse a warm-up and a cool-down that leave no epoch between them to train in.
+
+    Raises:
+        TrainingError: says how long they are, and what to change.
+    """
+    warmup, cooldown = recipe.warmup * recipe.epochs, recipe.cooldown_epochs
+    if recipe.warmup_epochs is not None:
+        warmup = recipe.warmup_epochs
+    if warmup + cooldown < recipe.epochs:
+        return
+    shorter = f"--set warmup_epochs={recipe.epochs / 10:g}"
+    raise TrainingError(
+        f"epochs: must be more than the {warmup:g} of warm-up and {cooldown} of cool-down, got "
+        f"{recipe.epochs}; give more --epochs, or {shorter}"
+        f"{' --set cooldown_epochs=0' if cooldown else ''}"
+    )
 
 
 def learning_rate_scale(recipe: TrainRecipe, step: int, steps: int) -> float:

@@ -30,6 +30,7 @@ from slimnas.train.history import FILE as HISTORY
 from slimnas.train.history import Row, append_row, read_history
 from slimnas.train.loop import StepReport, TrainTask, Watch, decay_groups, fit
 from slimnas.train.losses import network_loss
+from slimnas.train.recipe import check_schedule
 from slimnas.train.result import (
     BEST,
     TrainResult,
@@ -112,7 +113,8 @@ def run_training(
     Raises:
         RunFolderError: the folder holds a run with other settings, or cannot be written.
         DataError: a batch is larger than the data, or an image cannot be decoded.
-        TrainingError: out of memory, or batches that do not divide among processes.
+        TrainingError: out of memory, batches that do not divide among processes, or epochs that
+            warm-up and cool-down use up.
         WeightsError: a damaged or foreign file in the folder, a loss that is no longer finite, or
             a recipe that needs a teacher and got none.
         RuntimeUnavailableError: this machine lacks what `options` ask for.
@@ -150,11 +152,13 @@ def check_run(config: TrainConfig, data: TrainingData, accelerator: Accelerator)
 
     Raises:
         DataError: a batch that is larger than the data.
-        TrainingError: one that cannot be divided among processes and micro-batches.
+        TrainingError: one that cannot be divided among processes and micro-batches, or epochs that
+            warm-up and cool-down use up.
     """
     batch_size, processes = config.recipe.batch_size, accelerator.num_processes
     require_full_batch(data.train, batch_size, processes=processes)
     check_batch(config.recipe, len(data.train), accelerator)
+    check_schedule(config.recipe)
 
 
 class _Run:
