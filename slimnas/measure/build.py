@@ -154,11 +154,10 @@ def finish_table(
         date: when they ended.
     """
     device = device_info(output.name, found, plan, visits, date=date)
-    timed = timings(plan.entries, visits)
-    table, checks = make_table(plan, timed, device)
+    table, checks = make_table(plan, visits, device)
     lines = Journal.lines(found, visits)
     atomic_write_bytes(output / SAMPLES_FILE, gzip.compress(lines, mtime=0))
-    write_summary(output, plan, timed)
+    write_summary(output, plan, timings(plan.entries, visits))
     table.save(output)
     return table, checks
 

@@ -110,9 +110,8 @@ def import_results(job: ImportJob) -> BuiltTable:
         )
     found = _from_runs(job, texts) if own else _from_files(job, texts)
     plan = found.manifest.plan()
-    timed = timings(plan.entries, found.visits)
     try:
-        table, checks = make_table(plan, timed, _device(job, found, plan))
+        table, checks = make_table(plan, found.visits, _device(job, found, plan))
     except LatencyTableError as error:
         reason = str(error).partition("; ")[0]
         raise LatencyTableError(
@@ -123,7 +122,7 @@ def import_results(job: ImportJob) -> BuiltTable:
         for i, (path, text) in enumerate(texts.items(), start=1):
             kept = job.output / RAW_FOLDER / f"{i:03d}_{path.name}.gz"
             atomic_write_bytes(kept, gzip.compress(text.encode(), mtime=0))
-        write_summary(job.output, plan, timed)
+        write_summary(job.output, plan, timings(plan.entries, found.visits))
         table.save(job.output)
     return BuiltTable(table, job.output, checks, 0)
 

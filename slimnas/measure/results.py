@@ -36,8 +36,9 @@ FEWEST = 3
 ANOTHER_PACE = 0.1
 """How far a round's reference may be from its median over a whole build, as a share."""
 
-SURE = 3.0
-"""Standard errors below zero at which a price is wrong and not just lost in noise."""
+SURE = 0.9987
+"""How sure, by Student's t of its rounds, a price must be below zero to be wrong and not lost in
+noise: three standard errors of many rounds, many more of two, whose spread says little."""
 
 LEAST_MS = 1e-6
 """The least price of a row: a nanosecond."""
@@ -115,7 +116,7 @@ class Check:
         return low_ms <= self.measured_ms <= high_ms
 
 
-def timings(entries: Iterable[Entry], visits: Iterable[Visit]) -> dict[str, Timing]:
+def timings(entries: Iterable[Entry], visits: Sequence[Visit]) -> dict[str, Timing]:
     """Return the timing of every entry that was visited, by the entry's name.
 
     Rounds are brought to one pace: a round's price is multiplied by the reference's median
@@ -123,20 +124,44 @@ def timings(entries: Iterable[Entry], visits: Iterable[Visit]) -> dict[str, Timi
     altogether (`ANOTHER_PACE`), where networks slow down by other shares than the reference does,
     count only for entries that have no others.
     """
+    usual = usual_pace(one for visit in visits for one in visit.rounds)
     rounds: defaultdict[str, list[Round]] = defaultdict(list)
     for visit in visits:
-        rounds[visit.entry] += [one for one in visit.rounds if one.accepted]
-    usual = usual_pace(one for accepted in rounds.values() for one in accepted)
+        rounds[visit.entry] += visit.rounds
     found = {}
     for entry in entries:
-        shares = [term.share for term in entry.terms]
-        accepted = rounds[entry.name]
-        steady = [one for one in accepted if abs(one.pace / usual - 1) <= ANOTHER_PACE]
-        values = [one.price_ms(shares) * usual / one.pace for one in steady or accepted]
+        values = _prices_ms(entry, rounds[entry.name], usual)
         if values:
             p10, low, high, p90 = map(float, np.percentile(values, [10, 25, 75, 90]))
             found[entry.name] = Timing(median(values), high - low, p10, p90, len(values))
     return found
+
+
+def load_latencies(
+    networks: Iterable[Architecture], visits: Sequence[Visit]
+) -> dict[str, tuple[float, ...]]:
+    """Return the latency in milliseconds of every visit to each network, by its digest.
+
+    Every visit loads the network anew, into other memory: these differ by more than rounds do.
+    """
+    usual = usual_pace(one for visit in visits for one in visit.rounds)
+    of_entry: defaultdict[str, list[Visit]] = defaultdict(list)
+    for visit in visits:
+        of_entry[visit.entry].append(visit)
+    found = {}
+    for network in networks:
+        entry = network_entry(network)
+        prices = (_prices_ms(entry, visit.rounds, usual) for visit in of_entry[entry.name])
+        found[network.digest] = tuple(median(values) for values in prices if values)
+    return found
+
+
+def _prices_ms(entry: Entry, rounds: Iterable[Round], usual_ms: float) -> list[float]:
+    """What accepted rounds say of an entry, at the reference's usual pace."""
+    shares = [term.share for term in entry.terms]
+    accepted = [one for one in rounds if one.accepted]
+    steady = [one for one in accepted if abs(one.pace / usual_ms - 1) <= ANOTHER_PACE]
+    return [one.price_ms(shares) * usual_ms / one.pace for one in steady or accepted]
 
 
 def usual_pace(rounds: Iterable[Round]) -> float:
@@ -166,7 +191,7 @@ def make_prior(
 
 
 def make_table(
-    plan: Plan, found: Mapping[str, Timing], device: DeviceInfo
+    plan: Plan, visits: Sequence[Visit], device: DeviceInfo
 ) -> tuple[LatencyTable, tuple[Check, ...]]:
     """Turn timings into a table, correct it by whole networks, and state its error on others.
 
@@ -174,7 +199,7 @@ def make_table(
 
     Args:
         plan: what was timed.
-        found: the timing of every entry of the plan.
+        visits: to every entry of the plan.
         device: provenance, still without errors and interval.
 
     Returns:
@@ -183,6 +208,7 @@ def make_table(
     Raises:
         LatencyTableError: a component whose price is negative beyond its error.
     """
+    found = timings(plan.entries, visits)
     prior = make_prior(plan, found, device)
     networks = network_timings(plan.calibration, found)
     fit = calibrate(prior, networks) if len(networks) >= FEWEST else None
@@ -192,7 +218,8 @@ def make_table(
     checks = _checks(held_out, LatencyTable(device, rows))
     before = _checks(held_out, prior)
     left_out = [] if fit is None else _left_out(fit, networks)
-    covered = tuple(_with_interval(i, checks, left_out) for i in range(len(checks)))
+    loads = load_latencies([*plan.calibration, *plan.held_out], visits)
+    covered = tuple(_with_interval(i, checks, left_out, loads) for i in range(len(checks)))
     what = f"{plan.sample}, measured whole and used for nothing else"
     errors = []
     if checks:
@@ -202,7 +229,7 @@ def make_table(
     stated = device.model_copy(
         update={
             "errors": tuple(errors),
-            "interval": interval([*checks, *left_out]),
+            "interval": interval([*checks, *left_out], loads),
             "notes": (*device.notes, *_notes(plan, found, fit, rows)),
         }
     )
@@ -248,23 +275,41 @@ def error_figure(checks: Sequence[Check], what: str) -> ErrorFigure:
     )
 
 
-def interval(checks: Sequence[Check]) -> IntervalInfo | None:
+def interval(checks: Sequence[Check], loads: Mapping[str, Sequence[float]]) -> IntervalInfo | None:
     """Relative interval of an estimate from networks that the table had not seen.
 
+    Made for a network loaded once, as users' are: from the error of every load on its own. The
+    median over loads, which the prices were held against, hides how much they differ.
+
     None from fewer than two networks.
+
+    Args:
+        checks: predictions of networks the table had not seen.
+        loads: latency of each load in milliseconds, by the network's digest.
     """
     if len(checks) < 2:
         return None
-    errors = [check.measured_ms / check.predicted_ms - 1 for check in checks]
+    errors = [
+        ms / check.predicted_ms - 1
+        for check in checks
+        for ms in loads.get(check.architecture.digest) or (check.measured_ms,)
+    ]
     return IntervalInfo.conformal(
-        errors, "errors |measured / predicted - 1| of networks the prices had not seen"
+        errors,
+        f"errors |measured / predicted - 1| of {len(checks)} networks the prices had not seen, "
+        "each load on its own",
     )
 
 
-def _with_interval(i: int, checks: Sequence[Check], left_out: Sequence[Check]) -> Check:
+def _with_interval(
+    i: int,
+    checks: Sequence[Check],
+    left_out: Sequence[Check],
+    loads: Mapping[str, Sequence[float]],
+) -> Check:
     """A held-out network with the interval that all other networks give it."""
     check = checks[i]
-    others = interval([*checks[:i], *checks[i + 1 :], *left_out])
+    others = interval([*checks[:i], *checks[i + 1 :], *left_out], loads)
     if others is None:
         return check
     low_ms = check.predicted_ms * (1 - others.low_percent / 100)
@@ -323,7 +368,7 @@ def _row(entry: Entry, timing: Timing) -> PriceRow:
     one round there is no error.
     """
     assert entry.key is not None
-    if timing.n > 1 and timing.latency_ms < -SURE * timing.error_ms:
+    if timing.n > 1 and timing.latency_ms < -stats.t.ppf(SURE, timing.n - 1) * timing.error_ms:
         raise LatencyTableError(
             f"{entry.name}: comes out negative ({timing.latency_ms:.6f} ms, standard error "
             f"{timing.error_ms:.6f} ms, {timing.n} rounds); free the machine, remove the journal "

@@ -63,7 +63,8 @@ class Validation:
         checks: per network, the measurement at the pace of the build.
         figure: the table's error on them.
         halves_ms: per network, the measurements by the first and by the second half of the
-            passes, in separately loaded sessions; none of one pass.
+            passes, in separately loaded sessions, each brought to the build's pace by its own
+            visits; none of one pass.
         pace: latency of some of the build's networks (`BuildRecord.anchors`) now over that
             during the build, by their median; the measurements are divided by it. Of the reference
             network, which is small, where the build timed no others.
@@ -179,7 +180,7 @@ def _validation(
     middle = job.protocol.passes // 2
     first = [visit for visit in visits if visit.number < middle]
     second = [visit for visit in visits if visit.number >= middle]
-    halves = [_latencies_ms(networks, half, now_ms) for half in (first, second)] if middle else ()
+    halves = [_at_own_pace(job.record, networks, half) for half in (first, second) if middle]
     checks = tuple(
         _check(one, job.table, ms / pace) for one, ms in zip(networks, shown, strict=True)
     )
@@ -187,11 +188,20 @@ def _validation(
     return Validation(
         checks=checks,
         figure=error_figure(checks, f"{job.scope.sample}, drawn anew with seed {job.seed}"),
-        halves_ms=tuple((a / pace, b / pace) for a, b in zip(*halves, strict=True)),
+        halves_ms=tuple(zip(*halves, strict=True)),
         pace=pace,
         unscaled=error_figure(unscaled, "the same, as the clock showed them"),
         resumed=resumed,
     )
+
+
+def _at_own_pace(
+    record: BuildRecord, networks: Sequence[Architecture], visits: Sequence[Visit]
+) -> list[float]:
+    """Latencies by some of the visits, at the pace of the build by the same visits."""
+    now_ms = usual_pace(one for visit in visits for one in visit.rounds)
+    pace = _pace(record, visits, now_ms)
+    return [ms / pace for ms in _latencies_ms(networks, visits, now_ms)]
 
 
 def _pace(record: BuildRecord, visits: Sequence[Visit], now_ms: float) -> float:
