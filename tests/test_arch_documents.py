@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slimnas.arch.architecture import Architecture
+from slimnas.arch.documents import load_json, schema_of
 from slimnas.arch.space import SearchSpace
 from slimnas.errors import RunFolderError, SpecError
 
@@ -220,6 +221,36 @@ def test_truncated_at_every_byte() -> None:
     assert Architecture.from_yaml(GOOD[:-1]) == whole  # without the last line feed
     for length in range(len(GOOD) - 1):
         assert refused(GOOD[:length]).startswith("net.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", r"x\.json: not valid JSON \(.*\); expected a thing"),
+        ("[" * 100_000, r"x\.json: not valid JSON \(maximum recursion depth.*; expected a thing"),
+        ("[]", r"x\.json: must be a mapping that describes a thing, got a list"),
+        ("null", r"x\.json: must be a mapping that describes a thing"),
+    ],
+)
+def test_json_that_is_no_mapping(text: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(SpecError, match=expected):
+        load_json(tmp_path / "x.json", "a thing")
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ('{"schema": "slimnas/x/1"}', "slimnas/x/1"),
+        ("schema: slimnas/x/1\na: 1\n", "slimnas/x/1"),
+        ("a: 1", None),
+        ("- 1", None),
+        ("", None),
+    ],
+)
+def test_the_schema_of_any_document(text: str, schema: object, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    assert schema_of(tmp_path / "x.json", "a thing") == schema
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

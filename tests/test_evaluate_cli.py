@@ -281,6 +281,8 @@ def test_a_run_is_judged_on_what_it_held_out(capsys: pytest.CaptureFixture[str])
     assert "config.yaml: space: " in slimnas(capsys, "evaluate", RUN).errors[0]
     (RUN / "config.yaml").write_text("a: [")
     assert "config.yaml: not valid YAML" in slimnas(capsys, "evaluate", RUN).errors[0]
+    (RUN / "config.yaml").write_text("[" * 3000)
+    assert "config.yaml: not valid YAML" in slimnas(capsys, "evaluate", RUN).errors[0]
 
 
 def test_the_resolution_is_that_of_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""YAML in and out for every slimnas document, and one clear line per fault.
+"""YAML and JSON in, YAML out, for every slimnas document, and one clear line per fault.
 
 A document is a mapping whose first key is `schema: slimnas/<kind>/<version>`. Files are read
 with a safe loader that also refuses duplicate keys, and validated by a pydantic model.
@@ -6,6 +6,7 @@ with a safe loader that also refuses duplicate keys, and validated by a pydantic
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -87,12 +88,35 @@ def load_document(path: Path, schema: str, what: str) -> dict[str, Any]:
     return parse_document(text, schema, what, source=str(path))
 
 
+def load_json(path: str | Path, what: str) -> dict[str, Any]:
+    """Read a document in JSON; its schema is for `check_schema` to check.
+
+    Raises:
+        SpecError: missing file, broken JSON, or no mapping.
+    """
+    text = read_text(Path(path), SpecError, what)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"{path}: not valid JSON ({error}); expected {what}") from error
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: must be a mapping that describes {what}, got {_kind(data)}")
+    return data
+
+
+def schema_of(path: Path, what: str) -> object:
+    """The schema that a document in YAML or JSON says it has; None where it says nothing.
+
+    Raises:
+        SpecError: missing file or broken YAML.
+    """
+    data = _yaml(read_text(path, SpecError, what), str(path))
+    return data.get("schema") if isinstance(data, dict) else None
+
+
 def parse_document(text: str, schema: str, what: str, *, source: str) -> dict[str, Any]:
     """Like `load_document`, for text already read; `source` names it in messages."""
-    try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, *_LEAKS) as error:
-        raise SpecError(f"{source}: not valid YAML: {_one_line(error)}") from error
+    data = _yaml(text, source)
     if not isinstance(data, dict):
         raise SpecError(f"{source}: must be a mapping that describes {what}, got {_kind(data)}")
     return check_schema(data, schema, what, source=source)
@@ -192,6 +216,13 @@ def _key_path(fault: ErrorDetails, data: object) -> str:
     if fault["type"].startswith("union_tag"):
         path += ".type"
     return path
+
+
+def _yaml(text: str, source: str) -> object:
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, *_LEAKS) as error:
+        raise SpecError(f"{source}: not valid YAML: {_one_line(error)}") from error
 
 
 def _kind(data: object) -> str:

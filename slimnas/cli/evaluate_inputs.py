@@ -215,10 +215,7 @@ def _at_resolution(architecture: Architecture, resolution: int | None) -> Archit
 
 def _run_of(entry: Entry) -> Run | None:
     """The settings of the run that made a network, if it lies in its run folder."""
-    import yaml
-
-    from slimnas._files import read_text
-    from slimnas.errors import SpecError
+    from slimnas.arch.documents import schema_of
     from slimnas.prune import config as prune
     from slimnas.search import config as search
     from slimnas.train import config as train
@@ -232,12 +229,7 @@ def _run_of(entry: Entry) -> Run | None:
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return None
-    try:
-        document = yaml.safe_load(read_text(path, SpecError, "the settings of a run"))
-    except yaml.YAMLError as error:
-        line = str(error).splitlines()[0]
-        raise SpecError(f"{path}: not valid YAML ({line}); expected a run's settings") from error
-    schema = document.get("schema") if isinstance(document, dict) else None
+    schema = schema_of(path, "the settings of a run")
     if schema == search.SCHEMA:
         return search.SearchConfig.load(path)
     if schema == prune.SCHEMA:

@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from slimnas._files import atomic_write_text, read_text
+from slimnas._files import atomic_write_text
 from slimnas._settings import flat_settings, require_same_settings
-from slimnas.arch.documents import Spec, check_schema, parse_spec
-from slimnas.errors import SpecError
+from slimnas.arch.documents import Spec, check_schema, load_json, parse_spec
 from slimnas.prune.finetune import FinetuneRecipe
 
 SCHEMA = "slimnas/prune-config/1"
@@ -127,14 +126,8 @@ class PruneConfig(Spec):
         Raises:
             SpecError: one line per fault, with file and key.
         """
-        text = read_text(path, SpecError, WHAT)
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise SpecError(f"{path}: not valid JSON ({error}); expected {WHAT}") from error
-        if not isinstance(data, dict):
-            raise SpecError(f"{path}: must be a mapping that describes {WHAT}")
-        return parse_spec(cls, check_schema(data, SCHEMA, WHAT, source=str(path)), source=str(path))
+        data = check_schema(load_json(path, WHAT), SCHEMA, WHAT, source=str(path))
+        return parse_spec(cls, data, source=str(path))
 
 
 def claim(folder: Path, config: PruneConfig) -> None:

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from slimnas._files import atomic_write_text, read_text
-from slimnas.arch.documents import Spec, check_schema, parse_spec
-from slimnas.errors import PruneError, RuntimeUnavailableError, SpecError
+from slimnas._files import atomic_write_text
+from slimnas.arch.documents import Spec, check_schema, load_json, parse_spec
+from slimnas.errors import PruneError, RuntimeUnavailableError
 from slimnas.latency.table import LatencyTable
 from slimnas.measure.machine import load_average, this_machine
 from slimnas.measure.timing import Call, Clocks, Protocol, Round, Stopwatch
@@ -39,7 +39,7 @@ from slimnas.zoo.metrics import Metric, Metrics
 DTYPE = "fp32"
 """What networks are timed in."""
 SCHEMA = "slimnas/prune-measured/1"
-WHAT = "measured latencies of a pruning run"
+WHAT = "measured latencies of a pruning run (remove the file to measure anew)"
 FILE = "measured.json"
 
 VISITS = 4
@@ -188,16 +188,8 @@ class Measured(Spec):
         """
         if not path.is_file():
             return cls()
-        text = read_text(path, SpecError, WHAT)
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise SpecError(
-                f"{path}: not valid JSON ({error}); remove the file to measure anew"
-            ) from error
-        if not isinstance(data, dict):
-            raise SpecError(f"{path}: must be a mapping that describes {WHAT}")
-        return parse_spec(cls, check_schema(data, SCHEMA, WHAT, source=str(path)), source=str(path))
+        data = check_schema(load_json(path, WHAT), SCHEMA, WHAT, source=str(path))
+        return parse_spec(cls, data, source=str(path))
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from slimnas._files import atomic_write_text, read_text
+from slimnas._files import atomic_write_text
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import cost
-from slimnas.arch.documents import Spec, check_schema, parse_spec
-from slimnas.errors import PruneError, SpecError
+from slimnas.arch.documents import Spec, check_schema, load_json, parse_spec
+from slimnas.errors import PruneError
 from slimnas.prune.costs import BlockWidths
 from slimnas.prune.widths import WidthPlan, block_components
 
@@ -176,14 +176,7 @@ class RatioSet:
             SpecError: missing, not JSON, or not channel ratios.
             PruneError: blocks that are not those of the unpruned architecture.
         """
-        text = read_text(Path(path), SpecError, WHAT)
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SpecError(f"{path}: not valid JSON ({error}); expected {WHAT}") from error
-        if not isinstance(data, dict):
-            raise SpecError(f"{path}: must be a mapping that holds {WHAT}")
-        return cls.from_dict(data, source=str(path))
+        return cls.from_dict(load_json(path, WHAT), source=str(path))
 
     def save_csv(self, path: str | Path) -> None:
         """Write CSV atomically, one row per budget and block.

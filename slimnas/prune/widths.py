@@ -18,13 +18,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from slimnas._files import atomic_write_text, read_text
+from slimnas._files import atomic_write_text
 from slimnas.arch.architecture import AnyBlock, Architecture
-from slimnas.arch.documents import Spec, check_schema, parse_spec
+from slimnas.arch.documents import Spec, check_schema, load_json, parse_spec
 from slimnas.arch.efficientformer import MB3D, MB4D, ConvStem
 from slimnas.arch.vit import TransformerBlock
 from slimnas.arch.walk import Component, walk
-from slimnas.errors import PruneError, SpecError, suggest
+from slimnas.errors import PruneError, suggest
 
 SCHEMA = "slimnas/width-plan/1"
 WHAT = "a width plan"
@@ -241,14 +241,7 @@ class WidthPlan:
         Raises:
             SpecError: missing, not JSON, or not a width plan; one line per fault.
         """
-        text = read_text(Path(path), SpecError, WHAT)
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SpecError(f"{path}: not valid JSON ({error}); expected {WHAT}") from error
-        if not isinstance(data, dict):
-            raise SpecError(f"{path}: must be a mapping that describes {WHAT}")
-        return cls.from_dict(data, source=str(path))
+        return cls.from_dict(load_json(path, WHAT), source=str(path))
 
 
 def attention_dims(block: AnyBlock) -> tuple[int, int, int]:
