@@ -400,6 +400,17 @@ def test_a_damaged_journal_is_refused(tmp_path: Path, text: bytes, message: str)
         Finished(tmp_path / "a", {})
 
 
+@pytest.mark.parametrize("result", ["x", [1.0], True])
+def test_a_result_that_is_no_number_is_refused(tmp_path: Path, result: object) -> None:
+    finished = Finished(tmp_path / "a", {})
+    finished.add("top1", result)
+    finished.add("whole", 3)
+    assert finished.number("whole") == 3.0
+    assert finished.number("other") is None
+    with pytest.raises(RunFolderError, match="a: top1: damaged, must be a number"):
+        finished.number("top1")
+
+
 @pytest.mark.parametrize("width_in", [9.0, 4.0])
 def test_the_figure_has_a_panel_for_what_is_known(tmp_path: Path, width_in: float) -> None:
     base = small()

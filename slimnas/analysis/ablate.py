@@ -151,6 +151,9 @@ def run_ablation(
     """Train every point with every seed; what `finished` has is not trained again.
 
     Two points of the same network are trained once.
+
+    Raises:
+        RunFolderError: a damaged result in `finished`.
     """
     total = len(points) * len(seeds)
     found = []
@@ -160,10 +163,10 @@ def run_ablation(
             what = f"{AXES[point.axis]} {point.value:g}, seed {seed}"
             on_step(Step(number * len(seeds) + place, total, what))
             key = f"top1 {point.architecture.digest} {seed}"
-            result = finished.get(key)
+            result = finished.number(key)
             if result is None:
-                result = finished.add(key, train(point.architecture, seed=seed))
-            top1.append(float(result))
+                result = float(finished.add(key, train(point.architecture, seed=seed)))
+            top1.append(result)
         found.append(AblationPoint(point, tuple(top1)))
     on_step(Step(total, total, "done"))
     changed = has_cascade(base) and any(point.axis == "v_ratio" for point in points)

@@ -53,6 +53,22 @@ class Finished:
         """The result of that key; None if it is not finished."""
         return self._results.get(key)
 
+    def number(self, key: str) -> float | None:
+        """The result of that key, which is a number; None if it is not finished.
+
+        Raises:
+            RunFolderError: it is something else.
+        """
+        result = self.get(key)
+        if result is None:
+            return None
+        if isinstance(result, bool) or not isinstance(result, (int, float)):
+            raise RunFolderError(
+                f"{self.path}: {key}: damaged, must be a number, got {result!r}; remove the file "
+                "to start anew"
+            )
+        return float(result)
+
     def add(self, key: str, result: Any) -> Any:
         """Keep a result, plain data; it survives a kill from here on.
 

@@ -132,6 +132,7 @@ def run_share_study(
     Raises:
         AnalysisError: the base lacks attention or FFN layers, or a share cannot be made.
         LatencyTableError: the machine is too busy to measure.
+        RunFolderError: a damaged result in `finished`.
     """
     asked = [
         (speedup, share, layers)
@@ -281,10 +282,10 @@ def _with_memory(
 ) -> SubNetwork:
     key = f"memory {network.architecture.digest}"
     steps.next(f"{network.architecture.name}: memory-bound share")
-    share = finished.get(key)
+    share = finished.number(key)
     if share is None:
-        share = finished.add(key, memory(network.architecture))
-    return replace(network, memory_share=float(share))
+        share = float(finished.add(key, memory(network.architecture)))
+    return replace(network, memory_share=share)
 
 
 def _with_top1(
@@ -298,11 +299,11 @@ def _with_top1(
     for seed in seeds:
         key = f"top1 {network.architecture.digest} {seed} {instruments.train_key}"
         steps.next(f"{network.architecture.name}: training, seed {seed}")
-        top1 = finished.get(key)
+        top1 = finished.number(key)
         if top1 is None:
             assert instruments.train is not None
-            top1 = finished.add(key, instruments.train(network.architecture, seed=seed))
-        found.append(float(top1))
+            top1 = float(finished.add(key, instruments.train(network.architecture, seed=seed)))
+        found.append(top1)
     return replace(network, top1=tuple(found))
 
 
