@@ -17,7 +17,7 @@ from prune_cases import FAMILIES, random_network, random_plan
 from prune_world import ARCHITECTURE, Events, budget, calibration, network, prune
 
 from slimnas.arch.cost import cost
-from slimnas.errors import PruneError, RunFolderError, SlimnasError, SpecError
+from slimnas.errors import PruneError, RunFolderError, SlimnasError, SpecError, ZooError
 from slimnas.prune import scored as scored_module
 from slimnas.prune.apply import apply_plan
 from slimnas.prune.calibration import Batches, DataRequest, open_calibration
@@ -314,6 +314,17 @@ def test_damaged_files_are_refused(file: str, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(SlimnasError, match="damaged"):
         prune(tmp_path, HALF, MOST)
+
+
+@pytest.mark.parametrize(
+    ("file", "remove"),
+    [("before.json", "before.json"), ("found/macs_50pct/metrics.json", "found/macs_50pct")],
+)
+def test_files_without_a_figure_are_refused(file: str, remove: str, tmp_path: Path) -> None:
+    prune(tmp_path, HALF)
+    (tmp_path / file).write_text('{"macs": {"value": 1, "provenance": "nobody"}}')
+    with pytest.raises(ZooError, match=rf"{file}: params, .*{TOP1}: missing; remove .*{remove} to"):
+        prune(tmp_path, HALF)
 
 
 def test_overflowing_activations_name_layer_and_minibatch(

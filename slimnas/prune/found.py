@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import cost
+from slimnas.errors import ZooError
 from slimnas.latency.estimate import estimate
 from slimnas.latency.table import LatencyTable
 from slimnas.nn.build import Network
@@ -22,8 +23,9 @@ from slimnas.prune.config import BudgetSpec, PruneConfig
 from slimnas.prune.pretrained import Start
 from slimnas.prune.select import Selected
 from slimnas.prune.widths import WidthPlan
-from slimnas.zoo.entry import ARCHITECTURE, load_entry, save_model
+from slimnas.zoo.entry import ARCHITECTURE, METRICS, load_entry, save_model
 from slimnas.zoo.metrics import Metric, Metrics, load_metrics
+from slimnas.zoo.preprocessing import KEY, preprocessing
 
 PLAN = "plan.json"
 PARAMS, MACS, MEASURED_MACS = "params", "macs", "measured_macs"
@@ -150,7 +152,7 @@ def save_found(
             "weights": config.weights_digest,
             "weights_source": origin.start.source,
         },
-        "preprocessing": {"mean": list(images.mean), "std": list(images.std)},
+        KEY: preprocessing(images.mean, images.std),
         "calibration": {"data": config.data, "digest": config.data_digest, "images": len(images)},
         "seed": config.seed,
         **history,
@@ -169,7 +171,7 @@ def save_found(
     )
 
 
-def load_found(folder: Path, budget: BudgetSpec) -> Pruned | None:
+def load_found(folder: Path, budget: BudgetSpec, accuracy_name: str) -> Pruned | None:
     """What `save_found` wrote, None where it did not finish.
 
     Raises:
@@ -181,9 +183,29 @@ def load_found(folder: Path, budget: BudgetSpec) -> Pruned | None:
         budget=budget,
         architecture=load_entry(folder).architecture,
         plan=WidthPlan.load(folder / PLAN),
-        metrics=load_metrics(folder / "metrics.json"),
+        metrics=load_figures(folder / METRICS, MEASURED_MACS, accuracy_name, remove=folder),
         folder=folder,
     )
+
+
+def load_figures(path: Path, *names: str, remove: Path) -> Metrics:
+    """Figures of a network of a run, costs and `names` among them.
+
+    Args:
+        path: the file.
+        names: of figures besides costs.
+        remove: what is made anew when it is not there.
+
+    Raises:
+        ZooError: a damaged file, or one without a figure that it must have.
+    """
+    metrics = load_metrics(path)
+    missing = [name for name in (PARAMS, MACS, *names) if name not in metrics]
+    if missing:
+        raise ZooError(
+            f"{path}: {', '.join(missing)}: missing; remove {remove} to have it made anew"
+        )
+    return metrics
 
 
 def selection_metrics(selected: Selected, steps: int) -> Metrics:

@@ -32,6 +32,7 @@ from slimnas.prune.found import (
     PLAN,
     Origin,
     Pruned,
+    load_figures,
     load_found,
     save_found,
     selection_metrics,
@@ -45,7 +46,7 @@ from slimnas.prune.widths import WidthPlan
 from slimnas.train.devices import accelerator_for
 from slimnas.train.loop import StepReport
 from slimnas.zoo.entry import FOUND, METRICS, WEIGHTS
-from slimnas.zoo.metrics import Metrics, load_metrics, save_metrics
+from slimnas.zoo.metrics import Metrics, save_metrics
 from slimnas.zoo.weights import load_weights, save_weights
 
 BEFORE = "before.json"
@@ -214,10 +215,9 @@ class _Run:
 
     def before(self) -> Metrics:
         """Figures of the unpruned network, kept in `before.json`."""
-        path = self.folder / BEFORE
+        path, name = self.folder / BEFORE, self.origin.accuracy_name
         if path.is_file():
-            return load_metrics(path)
-        name = self.origin.accuracy_name
+            return load_figures(path, name, remove=path)
         self.listener.stage("unpruned", 0, 1, "accuracy")
         metrics = {
             **self.origin.priced(self.original.architecture),
@@ -246,14 +246,16 @@ class _Run:
     def pruned(self, budget: BudgetSpec, first: Scored) -> Pruned:
         """The network that meets `budget`, from its folder if it is done."""
         folder = self.folder / FOUND / budget.label
-        done = load_found(folder, budget)
+        done = load_found(folder, budget, self.origin.accuracy_name)
         if done is not None:
             return done
         current: Scored | None = first
         network = first.network
         whole: WidthPlan | None = None
         for step in self._steps(budget, folder, first.network):
-            kept = None if step.is_last else load_found(step.folder, budget)
+            kept = None
+            if not step.is_last:
+                kept = load_found(step.folder, budget, self.origin.accuracy_name)
             if kept is not None:
                 plan, network = kept.plan, _load(step.folder, kept.architecture).to(self.device)
             else:
@@ -262,7 +264,7 @@ class _Run:
                 plan, network = self._step(step, scored, whole, own)
             whole = plan if whole is None else compose(whole, plan, first.network.architecture)
             current = None
-        found = load_found(folder, budget)
+        found = load_found(folder, budget, self.origin.accuracy_name)
         assert found is not None
         return found
 
