@@ -14,6 +14,7 @@ from train_world import ARCHITECTURE, CPU, config, images, train
 
 from slimnas.errors import RuntimeUnavailableError, WeightsError, ZooError
 from slimnas.nn.build import build
+from slimnas.train import teacher as teachers
 from slimnas.train import trackers
 from slimnas.train.teacher import Teacher, open_teacher, teacher_digest
 from slimnas.zoo.entry import save_model
@@ -121,6 +122,35 @@ def test_timm_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         open_teacher("efficientformer_l11", ARCHITECTURE, SEEN)
 
 
+def test_timm_is_not_asked_for_what_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def unreachable(*files: str) -> None:
+        asked.append(files)
+        raise ConnectionError("no answer")
+
+    address = "https://example.org/resnet-abc.pth"
+    published = SimpleNamespace(hf_hub_id="timm/resnet", hf_hub_filename=None, url=address)
+    offer_timm(monkeypatch, lambda name, pretrained: timm_model(channels=1), published)
+    monkeypatch.setattr(teachers, "require_at_hand", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"from timm \(no answer\); connect"):
+        open_teacher("timm:resnet", ARCHITECTURE, SEEN)
+    published.hf_hub_filename = "own.bin"
+    with pytest.raises(WeightsError, match=r"no answer"):
+        open_teacher("timm:resnet", ARCHITECTURE, SEEN)
+    assert asked == [
+        ("timm/resnet", "model.safetensors", "pytorch_model.bin"),
+        ("timm/resnet", "own.bin"),
+    ]
+    cached = tmp_path / "hub" / "checkpoints" / "resnet-abc.pth"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    assert open_teacher("timm:resnet", ARCHITECTURE, SEEN).size == (32, 32)
+
+
 @pytest.mark.parametrize("name", ["timm:resnet", "resnet"])
 @pytest.mark.parametrize(
     ("error", "cure"),
@@ -150,10 +180,12 @@ def timm_model(channels: int = 3) -> nn.Module:
     return found
 
 
-def offer_timm(monkeypatch: pytest.MonkeyPatch, create: Any) -> None:
+def offer_timm(monkeypatch: pytest.MonkeyPatch, create: Any, published: Any = None) -> None:
     """timm with one model."""
     module = SimpleNamespace(
-        create_model=create, is_model=lambda name: name.split(".")[0] == "resnet"
+        create_model=create,
+        is_model=lambda name: name.split(".")[0] == "resnet",
+        get_pretrained_cfg=lambda name: published,
     )
     real = importlib.import_module
     monkeypatch.setattr(

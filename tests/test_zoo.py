@@ -408,6 +408,7 @@ def test_published_weights_without_network(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append((repository, file))
         raise LocalEntryNotFoundError("cannot find it\nand more")
 
+    monkeypatch.setattr("slimnas.zoo.hub.hub_in_reach", lambda: True)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(WeightsError, match=r"cannot download .*\(cannot find it\)") as caught:
         create_model("efficientformer_l1", pretrained=True)
@@ -420,6 +421,7 @@ def test_published_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
     state = timm.create_model("efficientformer_l1").state_dict()
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    monkeypatch.setattr("slimnas.zoo.hub.hub_in_reach", lambda: True)
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda repository, file: str(tmp_path / file)
     )

@@ -204,6 +204,15 @@ def _images_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises where the hub gives nothing."""
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    # The HTTP library below the client differs by version; its base error is a base of this.
+    http = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    return OSError, EntryNotFoundError, *http
+
+
 def load_hub(spec: str, cache: Path, *, streaming: bool = False) -> dict[str, Any]:
     """Return a `datasets.Dataset`, or an `IterableDataset`, per split, train among them.
 
@@ -213,17 +222,14 @@ def load_hub(spec: str, cache: Path, *, streaming: bool = False) -> dict[str, An
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
 
-    # The HTTP library below the hub client differs by version; its base error is a base of this.
-    network_errors = tuple(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
     try:
         with quiet():
             if not constants.HF_HUB_OFFLINE:
                 # One request that fails at once; load_dataset would try for half a minute.
                 HfApi().dataset_info(spec, timeout=10)
             loaded = load_dataset(spec, cache_dir=str(cache), streaming=streaming)
-    except (OSError, ValueError, DatasetsError, *network_errors) as error:
+    except (ValueError, DatasetsError, *hub_errors()) as error:
         raise DataError(
             f"--data {spec}: no such path here, and the hub gave no data set of that name "
             f"({first_line(error)}); check the name and the network, or give a local path"

@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import slimnas
 from slimnas._lock import folder_lock
@@ -32,6 +30,7 @@ from slimnas.train.loop import StepReport
 from slimnas.train.recipe import TrainRecipe
 from slimnas.zoo.create import create_model, find_weights
 from slimnas.zoo.entry import ARCHITECTURE, Entry, load_entry, save_model
+from slimnas.zoo.hub import hub_in_reach
 from slimnas.zoo.metrics import Metric
 from slimnas.zoo.preprocessing import normalisation_of
 from slimnas.zoo.registry import get
@@ -41,7 +40,6 @@ CACHE_VARIABLE = "SLIMNAS_CACHE"
 STATE = "training.safetensors"
 DIGITS = "digits"
 TRAINED_ACCURACY = "digits_top1_percent"
-SECONDS_TO_CONNECT = 5.0
 MOST_EPOCHS, FEWEST_EPOCHS = 11, 4
 BUDGET_MACS = 6e12
 """Multiply-adds that training may take: about two minutes on two cores."""
@@ -188,26 +186,6 @@ def cache_folder() -> Path:
         return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "slimnas"
-
-
-def hub_in_reach() -> bool:
-    """Whether the hub's host answers, or a proxy is there to ask.
-
-    The hub's own client tries for half a minute before it gives up.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
-        return True
-    address = urlsplit(constants.ENDPOINT)
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        socket.create_connection((address.hostname or "", port), SECONDS_TO_CONNECT).close()
-    except OSError:
-        return False
-    return True
 
 
 def _find(entry: Entry) -> Path:

@@ -12,14 +12,18 @@ import torch.nn.functional as F  # noqa: N812 - torch's own name for it
 from torch import Tensor, nn
 
 from slimnas.arch.architecture import Architecture
+from slimnas.data.files import hub_errors
 from slimnas.data.whole import Normalisation
 from slimnas.errors import WeightsError, ZooError
 from slimnas.nn.tensorfiles import tensors_digest
 from slimnas.zoo.create import create_model
+from slimnas.zoo.hub import require_at_hand
 from slimnas.zoo.preprocessing import normalisation_of
 from slimnas.zoo.registry import get
 
 TIMM = "timm:"
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+"""What timm looks for on the hub where a model names no file."""
 WITHOUT = "or train with --distillation none"
 
 
@@ -135,11 +139,12 @@ def _of_zoo(name: str, zoo: str | Path | None) -> _Found | None:
 
 
 def _of_timm(name: str) -> _Found:
-    from huggingface_hub.errors import EntryNotFoundError
-
+    timm = _timm(name)
+    failures: tuple[type[Exception], ...] = (RuntimeError, *hub_errors())
     try:
-        network = _timm(name).create_model(name, pretrained=True)
-    except (OSError, EntryNotFoundError, RuntimeError) as error:
+        _require_at_hand(timm.get_pretrained_cfg(name))
+        network = timm.create_model(name, pretrained=True)
+    except failures as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(
             f"teacher {TIMM}{name}: cannot be had from timm ({reason}); connect to the network, "
@@ -149,6 +154,24 @@ def _of_timm(name: str) -> _Found:
     channels, height, width = config["input_size"]
     normalisation = (tuple(config["mean"]), tuple(config["std"]))
     return _Found(network, int(network.num_classes), channels, (height, width), normalisation)
+
+
+def _require_at_hand(published: Any) -> None:
+    """Refuse at once what timm would try for a minute to get from the hub.
+
+    Args:
+        published: where timm has the weights from; it looks into torch's cache first.
+
+    Raises:
+        ConnectionError: they are in no cache, and the hub cannot be reached.
+    """
+    if published is None or not published.hf_hub_id:
+        return
+    cache = Path(torch.hub.get_dir(), "checkpoints")
+    if published.url and (cache / Path(published.url).name).is_file():
+        return
+    named = published.hf_hub_filename
+    require_at_hand(published.hf_hub_id, *([named] if named else HUB_FILES))
 
 
 def _timm(name: str) -> Any:
