@@ -112,7 +112,9 @@ class Settings:
     @property
     def recipe(self) -> TrainRecipe:
         """How every network is trained."""
-        return TrainRecipe(epochs=self.epochs, batch_size=self.batch_size, lr=self.lr)
+        return TrainRecipe(
+            epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, channels_last=True
+        )
 
 
 @dataclass(frozen=True)

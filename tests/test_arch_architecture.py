@@ -45,6 +45,7 @@ def test_everything_that_ships_loads() -> None:
     assert [get(name).architecture.name for name in builtin_names()] == builtin_names()
     assert shipped_spaces() == (
         "efficientformer",
+        "efficientformer_micro",
         "efficientformer_small",
         "efficientformer_tiny",
         "hybrid_tiny",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from slimnas.measure import visits as visits_module
 from slimnas.measure.build import SAMPLES_FILE, BuildJob, build_table
 from slimnas.measure.networks import Loader
 from slimnas.measure.plan import network_entry
+from slimnas.measure.restate import restated
 from slimnas.measure.schedule import Networks
 from slimnas.measure.scope import SpaceScope
 from slimnas.measure.timing import Protocol
@@ -335,6 +337,51 @@ def test_command_prints_every_network_and_writes_the_files(
     assert body["networks"] == len(body["architectures"]) == COUNT
     assert body["device"] == {"name": "fake", "kind": "measured"}
     assert (tmp_path / "validation.png").is_file()
+
+
+@pytest.mark.parametrize(("factor", "wider"), [(1.1, True), (1.0, False)])
+def test_table_states_what_a_validation_found(job: ValidateJob, factor: float, wider: bool) -> None:
+    table = dearer(job.table, factor, 3.0)
+    found = run(replace(job, table=table))
+    stated = restated(table, found, "2026-01-31")
+    assert stated.rows == table.rows
+    assert stated.device.errors[:-1] == table.device.errors
+    figure = stated.device.errors[-1]
+    assert figure.what == f"{found.figure.what}, on 2026-01-31"
+    assert figure.mape_percent == found.figure.mape_percent
+    assert restated(stated, found, "2026-01-31").device == stated.device
+    interval = stated.device.interval
+    assert interval is not None
+    if wider:
+        pairs = zip(found.checks, found.halves_ms, strict=True)
+        errors = [abs(ms / check.predicted_ms - 1) for check, halves in pairs for ms in halves]
+        assert interval.high_percent == pytest.approx(100 * max(errors), abs=1e-3)
+        assert f"{COUNT} networks in a validation on 2026-01-31" in interval.basis
+    else:
+        assert interval == table.device.interval
+
+
+def test_command_updates_what_the_table_states(
+    folder: Path, tmp_path: Path, simulated: FakeMachine
+) -> None:
+    own = tmp_path / "fake"
+    shutil.copytree(folder, own)
+    before = LatencyTable.load(own)
+    words = ["latency", "validate", "--device", str(own), "--networks", str(COUNT)]
+    plain = CliRunner().invoke(app, words)
+    assert plain.exit_code == 0, plain.output
+    assert LatencyTable.load(own).device == before.device
+    updated = CliRunner().invoke(app, [*words, "--update"])
+    assert updated.exit_code == 0, updated.output
+    after = LatencyTable.load(own)
+    assert after.rows == before.rows
+    assert len(after.device.errors) == len(before.device.errors) + 1
+    assert after.device.interval is not None
+    assert f"interval is now ± {after.device.interval.high_percent:.1f} %" in updated.stdout
+    with pytest.raises(LatencyTableError, match="--update: must validate on what the table was"):
+        CliRunner().invoke(
+            app, [*words, "--update", "--model", "deit_tiny"], catch_exceptions=False
+        )
 
 
 def test_command_refuses_in_one_line(folder: Path, tmp_path: Path, simulated: FakeMachine) -> None:

@@ -39,6 +39,12 @@ def validate(
     force: Annotated[
         bool, typer.Option("--force", help="Measure anew what the folder holds.")
     ] = False,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="Let the table state this error too, and the wider interval of both."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure fresh random networks on this machine and compare them with a table's predictions.
@@ -49,15 +55,24 @@ def validate(
     Example: slimnas latency validate --device local --networks 40
     """
     from dataclasses import replace
+    from datetime import date
 
+    from slimnas.errors import LatencyTableError
     from slimnas.latency.devices import find_device, provenance_line
+    from slimnas.latency.table import DEVICE_FILE
     from slimnas.measure.local import BuildRecord, require_measured_here
+    from slimnas.measure.restate import restated
     from slimnas.measure.validate import ValidateJob, validate_table
     from slimnas.report.validation import validation_document, write_validation
     from slimnas.runtimes.registry import get_runtime
 
     table = find_device(device)
     require_measured_here(table)
+    if update and (space or model):
+        raise LatencyTableError(
+            "--update: must validate on what the table was built for, got another --space or "
+            "--model; leave that or --update out"
+        )
     record = BuildRecord.load(table.source)
     protocol = replace(record.protocol, seed=seed)
     job = ValidateJob(
@@ -84,11 +99,17 @@ def validate(
         note(f"what was timed is kept in {job.output}; the same command goes on there")
         raise
     files = [shown_path(path) for path in write_validation(found, table, job.output)]
+    if update:
+        table = restated(table, found, date.today().isoformat())
+        table.save(table.source)
+        files.append(shown_path(Path(table.source) / DEVICE_FILE))
     typer.echo(provenance_line(table), err=as_json)
     if as_json:
         print_json({**validation_document(found, table), "files": files})
         return
     _print(found)
+    if update and (stated := table.device.interval):
+        typer.echo(f"the table's interval is now ± {stated.high_percent:.1f} %: {stated.basis}")
     typer.echo(f"written: {', '.join(files)}")
 
 
