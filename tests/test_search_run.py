@@ -180,7 +180,8 @@ def test_a_supernet_of_something_else(result: SearchResult, tmp_path: Path) -> N
         ("supernet.safetensors", None, b"\x00" * 90, WeightsError, "supernet.safetensors: "),
         ("trajectory.jsonl", b'"seed": 0', b'"seed": 1', RunFolderError, "was made from another"),
         ("trajectory.jsonl", b'"mb4d"', b'"mb4', RunFolderError, "not a trajectory"),
-        ("metrics.jsonl", b"{", b"[", RunFolderError, "not JSON lines"),
+        ("metrics.jsonl", b"{", b"[", RunFolderError, "line 1 is no epoch of a run"),
+        ("metrics.jsonl", None, b"[]\n", RunFolderError, "line 1 is no epoch of a run"),
     ],
 )
 def test_a_damaged_run_folder(

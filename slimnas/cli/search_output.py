@@ -140,11 +140,12 @@ def train_command(found: Found) -> str:
 def _files(folder: Path, result: SearchResult) -> dict[str, str]:
     from slimnas.search import measurements, run
     from slimnas.search.config import FILE
+    from slimnas.train import history
 
     named = {
         FILE: "settings",
         run.SUPERNET: "trained supernet",
-        run.METRICS_LOG: "training, one line per epoch",
+        history.FILE: "training, one line per epoch",
         run.IMPORTANCE: "architecture parameters and importance",
         run.TRAJECTORY: "every step with every candidate",
         measurements.FILE: "every network measured",

@@ -118,7 +118,7 @@ def off_scale(trajectory: Trajectory) -> int:
 
 
 def training_figure(
-    training: Sequence[Mapping[str, float]], width_in: float = WIDE_IN
+    training: Sequence[Mapping[str, float | None]], width_in: float = WIDE_IN
 ) -> Figure | None:
     """Loss, SEARCH top-1 and temperature by training step; none where nothing was logged."""
     return curves_figure(training, TRAINING, x="step", x_title="training step", width_in=width_in)

@@ -131,7 +131,7 @@ class RunReport:
     reference: ReferenceNetwork | None
     data: DataSummary
     settings: Mapping[str, object]
-    training: tuple[Mapping[str, float], ...]
+    training: tuple[Mapping[str, float | None], ...]
     command: str
     versions: Mapping[str, str]
     unmeasured: str | None = None

@@ -6,7 +6,6 @@ was stopped goes on where it was and ends with the same result.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from slimnas._files import atomic_write_text, remove_leftovers
+from slimnas._files import remove_leftovers
 from slimnas._settings import flat_settings, shown_setting
 from slimnas.arch.space import SearchSpace, Selection
 from slimnas.data.batches import ImageSet
@@ -53,10 +52,11 @@ from slimnas.supernet.train import (
     train_supernet,
 )
 from slimnas.train.devices import accelerator_for
+from slimnas.train.history import FILE as METRICS_LOG
+from slimnas.train.history import Row, append_row, read_history
 
 SUPERNET = "supernet.safetensors"
 TRAINING_STATE = "training.safetensors"
-METRICS_LOG = "metrics.jsonl"
 IMPORTANCE = "importance.json"
 TRAJECTORY = "trajectory.jsonl"
 CORRECTED_TABLE = "corrected_table"
@@ -118,7 +118,7 @@ class SearchResult:
     unmeasured: str | None
     reference: Reference | None
     evaluated_images: int
-    training: tuple[Mapping[str, float], ...]
+    training: tuple[Row, ...]
     record: SearchRecord | None = None
 
 
@@ -209,7 +209,7 @@ def run_search(
         unmeasured=walked.unmeasured,
         reference=price_reference(origin),
         evaluated_images=images,
-        training=_read_log(folder / METRICS_LOG),
+        training=read_history(folder / METRICS_LOG),
     )
 
 
@@ -327,7 +327,7 @@ def _supernet(
 
     def keep(progress: Progress) -> None:
         if progress.search_top1 is not None:
-            _append_log(folder / METRICS_LOG, progress)
+            append_row(folder / METRICS_LOG, _epoch(progress))
         on_progress(progress)
 
     trained = train_supernet(
@@ -464,24 +464,13 @@ def _measuring(path: Path, meter: Meter | str) -> tuple[MeasurementLog | None, M
     return log, meter
 
 
-def _append_log(path: Path, progress: Progress) -> None:
-    """Add an epoch; epochs of an interrupted stretch that is repeated are replaced."""
+def _epoch(progress: Progress) -> Row:
+    """What is logged of an epoch."""
     report = progress.report
-    row = {
+    return {
         "step": report.step,
         "loss": report.loss,
         "search_top1": progress.search_top1,
         "tau": progress.tau,
         "images_per_s": report.images_per_s,
     }
-    kept = [old for old in _read_log(path) if old["step"] < report.step]
-    atomic_write_text(path, "".join(json.dumps(line) + "\n" for line in [*kept, row]))
-
-
-def _read_log(path: Path) -> tuple[Mapping[str, float], ...]:
-    if not path.is_file():
-        return ()
-    try:
-        return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    except ValueError as error:
-        raise RunFolderError(f"{path}: not JSON lines ({error}); delete it") from error
