@@ -117,7 +117,7 @@ def test_min_depth() -> None:
     assert all(sum(map(len, blocks_of(s))) == 3 for s in space.smallest())
 
 
-@pytest.mark.parametrize("name", EFFICIENTFORMER)
+@pytest.mark.parametrize("name", [n for n in EFFICIENTFORMER if not n.endswith("_micro")])
 def test_l1_is_inside(name: str) -> None:
     space = SearchSpace.load(name)
     l1 = get("efficientformer_l1").architecture
