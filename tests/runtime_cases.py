@@ -90,6 +90,25 @@ EFFICIENTFORMERV2 = {
     ],
     "head": {"type": "bn_linear", "classes": 5, "distilled": True},
 }
+HILO = {"type": "hilo", "heads": 4, "lo_heads": 3, "window": 2}
+LITV2 = {
+    "input": {"resolution": [72, 40]},  # the second map, 9x5, is padded to windows of 2x2
+    "stem": {"type": "swin_stem", "width": 8, "patch": 4},
+    "stages": [
+        {"width": 8, "blocks": [{"type": "conv_ffn"}]},
+        {
+            "width": 12,
+            "downsample": {"type": "dtm"},
+            "blocks": [HILO, {**HILO, "heads": 3, "lo_heads": 0}],
+        },
+        {
+            "width": 16,
+            "downsample": {"type": "dtm"},
+            "blocks": [{**HILO, "lo_heads": 4, "window": 1}, HILO],
+        },
+    ],
+    "head": {"type": "linear", "classes": 5},
+}
 MIXED = {
     "stem": {"type": "conv_stem", "width": 8},
     "stages": [

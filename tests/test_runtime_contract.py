@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from runtime_cases import (
@@ -16,6 +17,7 @@ from runtime_cases import (
     EFFICIENTFORMERV2,
     EFFICIENTVIT,
     LIBRARIES,
+    LITV2,
     MIXED,
     RUNNING,
     SWIN,
@@ -44,6 +46,7 @@ FAMILIES = {
     "swin": SWIN,
     "efficientformerv2": EFFICIENTFORMERV2,
     "efficientvit": EFFICIENTVIT,
+    "litv2": LITV2,
 }
 LARGEST = {"fp32": 2e-5, "fp16": 0.01, "bf16": 0.05, "int8": 0.1}
 """Largest difference from PyTorch in single precision, as a share of the largest output."""
@@ -110,6 +113,25 @@ def test_every_number_format_gives_pytorchs_numbers(
     if dtype != "fp32":
         assert difference > 1e-6 * largest, f"{dtype} computes in single precision"
     assert (runtime.name, runtime.dtype, runtime.threads) == (name, dtype, 1)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "litv2"])
+def test_int8_is_off_by_its_rounding_and_no_more(family: str) -> None:
+    """ONNX Runtime as it fuses operators, and as it takes them one by one."""
+    network = network_of(FAMILIES[family])
+    x = image_of(network, 4)
+    runtime = get_runtime("onnxruntime", dtype="int8")
+    assert isinstance(runtime, FileRuntime)
+    model = runtime.export(fold(network), x)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    expected = logits(network, x)
+    (literal,) = plain.run(None, {"image": x.numpy()})
+    got = runtime.open(model).run(x.numpy())
+    rounding = np.abs(literal - expected).max()
+    assert 0 < rounding < 0.1 * np.abs(expected).max()
+    assert np.abs(got - literal).max() < rounding
 
 
 @pytest.mark.parametrize("name", ALL)
