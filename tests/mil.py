@@ -126,6 +126,18 @@ def pad(x: Tensor, pad: Any, mode: str, constant_val: float) -> Tensor:
     return F.pad(x, [p for pair in reversed(pairs) for p in pair], value=float(constant_val))
 
 
+def reduce_sum(x: Tensor, axes: Any, keep_dims: bool) -> Tensor:
+    return x.sum([int(axis) for axis in axes], bool(keep_dims))
+
+
+def upsample_bilinear(x: Tensor, align_corners: bool, **scales: Any) -> Tensor:
+    size = [
+        int(x.shape[axis] * float(scales.get(f"scale_factor_{side}", 1)))
+        for axis, side in ((-2, "height"), (-1, "width"))
+    ]
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=bool(align_corners))
+
+
 def gather(x: Tensor, indices: Any, axis: int, **_: Any) -> Tensor:
     return x.index_select(int(axis), torch.as_tensor(indices).long())
 
@@ -144,11 +156,14 @@ OPERATIONS: dict[str, Operation] = {
     "mul": lambda x, y: x * y,
     "pad": pad,
     "reduce_mean": lambda x, axes, keep_dims: x.mean([int(a) for a in axes], bool(keep_dims)),
+    "reduce_sum": reduce_sum,
     "relu": lambda x: F.relu(x),
     "reshape": lambda x, shape: x.reshape([int(size) for size in shape]),
+    "sigmoid": lambda x: x.sigmoid(),
     "slice_by_index": slice_by_index,
     "softmax": lambda x, axis: x.softmax(int(axis)),
     "split": split,
     "sub": lambda x, y: x - y,
     "transpose": lambda x, perm: x.permute([int(axis) for axis in perm]),
+    "upsample_bilinear": upsample_bilinear,
 }
