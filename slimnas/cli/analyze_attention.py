@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -14,8 +13,7 @@ from slimnas.cli.analyze_memory import Attention, Runtime
 from slimnas.cli.analyze_network import Device, DeviceOption, SeedOption
 from slimnas.cli.latency_options import Clock, progress_bar
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
-from slimnas.cli.runs import no_empty_folder
-from slimnas.errors import RunFolderError
+from slimnas.cli.runs import no_empty_folder, require_writable
 
 if TYPE_CHECKING:
     from slimnas.analysis.attention_study import LayerRow, StudyResult
@@ -106,7 +104,7 @@ def attention(
         seed=seed,
     )
     with no_empty_folder(output):
-        _require_writable(output)
+        require_writable(output)
         with progress_bar("attention") as progress:
             result = run_study(study, progress=progress)
         files = [*save_study(result, output), *_figures(result, output)]
@@ -134,23 +132,6 @@ def _sides(text: str) -> tuple[int, ...]:
             param_hint="'--resolutions'",
         )
     return tuple(int(word) for word in words)
-
-
-def _require_writable(folder: Path) -> None:
-    """Refuse a folder before anything is timed.
-
-    Raises:
-        RunFolderError: nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RunFolderError(
-            f"{folder}: cannot be written ({error.strerror or error}); choose another place with "
-            "--output"
-        ) from error
 
 
 def _figures(result: StudyResult, folder: Path) -> list[Path]:

@@ -25,7 +25,7 @@ from slimnas.cli.analyze_network import (
     open_subject,
 )
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
-from slimnas.cli.runs import RUNS, no_empty_folder
+from slimnas.cli.runs import RUNS, no_empty_folder, require_writable
 
 if TYPE_CHECKING:
     from slimnas.analysis.heads import HeadReport, LayerHeads
@@ -71,6 +71,7 @@ def heads(
     _refuse_without_attention(asked)
     folder = output or RUNS / f"analyze-heads-{get(model).name}"
     with no_empty_folder(folder):
+        require_writable(folder)
         subject = open_subject(asked, folder / "pretrained")
         found = head_similarity(subject.network, subject.batches())
         other = None

@@ -16,7 +16,7 @@ from slimnas.cli.analyze_network import (
     SeedOption,
 )
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
-from slimnas.cli.runs import RUNS
+from slimnas.cli.runs import RUNS, no_empty_folder, require_writable
 
 if TYPE_CHECKING:
     from slimnas.analysis.memory import Profile, Row
@@ -94,13 +94,15 @@ def memory(
     )
     entries = [get(model) for model in models]
     networks = [create_model(model, resolution=resolution, seed=seed) for model in models]
-    profiles = []
-    for entry, network in zip(entries, networks, strict=True):
-        note(f"profiling {entry.name}")
-        profiles.append(profile_network(network, settings, name=entry.name))
     names = dict.fromkeys(entry.name for entry in entries)
     folder = output or RUNS / "-".join(["analyze-memory", *names])
-    files = write_memory(profiles, folder)
+    profiles = []
+    with no_empty_folder(folder):
+        require_writable(folder)
+        for entry, network in zip(entries, networks, strict=True):
+            note(f"profiling {entry.name}")
+            profiles.append(profile_network(network, settings, name=entry.name))
+        files = write_memory(profiles, folder)
     if as_json:
         shown = {key: shown_path(path) for key, path in files.items()}
         print_json({**memory_document(profiles), "files": shown})

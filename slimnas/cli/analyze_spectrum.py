@@ -25,7 +25,7 @@ from slimnas.cli.analyze_network import (
     open_subject,
 )
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
-from slimnas.cli.runs import RUNS, no_empty_folder
+from slimnas.cli.runs import RUNS, no_empty_folder, require_writable
 
 if TYPE_CHECKING:
     from slimnas.analysis.spectrum import Spectrum
@@ -82,6 +82,7 @@ def spectrum(
     parts = parts or branch_parts(untrained)
     folder = output or RUNS / f"analyze-spectrum-{get(model).name}"
     with no_empty_folder(folder):
+        require_writable(folder)
         subject = open_subject(asked, folder / "pretrained")
         found = spectra(subject.network, parts, subject.batches())
         other: list[Spectrum] = []

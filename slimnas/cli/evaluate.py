@@ -10,7 +10,7 @@ import typer
 
 from slimnas.cli.evaluate_inputs import AUTO, NONE, Asked
 from slimnas.cli.output import JsonOption, print_json, shown_path
-from slimnas.cli.runs import RunOn, no_empty_folder
+from slimnas.cli.runs import RunOn, no_empty_folder, require_writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,12 +139,15 @@ def evaluate(
         seed=seed,
     )
     inputs = open_inputs(asked)
-    report = _evaluate(inputs)
     files: dict[str, Path] = {}
-    if output is not None:
+    if output is None:
+        report = _evaluate(inputs)
+    else:
         from slimnas.report.evaluation import write_evaluation
 
         with no_empty_folder(output):
+            require_writable(output)
+            report = _evaluate(inputs)
             files = write_evaluation(report, output)
     if as_json:
         from slimnas.report.evaluation import evaluation_document

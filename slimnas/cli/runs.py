@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import tempfile
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -43,6 +44,25 @@ def no_empty_folder(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty: the run has begun
             for place in made:
                 place.rmdir()
+
+
+def require_writable(folder: Path) -> None:
+    """Make `folder` if needed and refuse it before the work whose results it gets.
+
+    Raises:
+        RunFolderError: nothing can be written there.
+    """
+    from slimnas.errors import RunFolderError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunFolderError(
+            f"{folder}: cannot be written ({error.strerror or error}); choose another place with "
+            "--output"
+        ) from error
 
 
 def plain_name(word: str) -> str:
