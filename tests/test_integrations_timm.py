@@ -146,6 +146,15 @@ def test_names_are_those_of_slimnas(tmp_path: Path) -> None:
     assert model.get_submodule(model.pretrained_cfg["first_conv"]).in_channels == 3
 
 
+def test_weight_decay_leaves_out_what_timm_leaves_out(tmp_path: Path) -> None:
+    register(zoo=tmp_path)
+    own = timm.create_model("slimnas_deit_tiny_distilled", num_classes=5)
+    theirs = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5)
+    named = {name.removeprefix("stem.") for name in own.no_weight_decay()}
+    assert named == {"pos_embed", "cls_token", "dist_token"}
+    assert named == theirs.no_weight_decay() - {"reg_token"}  # which neither has
+
+
 def test_a_model_of_the_users_zoo(zoo: Path) -> None:
     assert "slimnas_tiny-1_6ms" in timm.list_models("slimnas_tiny*", pretrained=True)
     model = timm.create_model("slimnas_tiny-1_6ms", pretrained=True).eval()

@@ -43,7 +43,10 @@ NEUTRAL = ("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "
 """Options that timm's scripts always give; these networks have none of it."""
 
 TAKES = ("num_classes", "in_chans", "img_size", "features_only", "out_indices", "seed")
-UNDECAYED = ("attention_biases", "relative_position_bias_table", "pos_embed", "cls_token")
+UNDECAYED = (
+    *("attention_biases", "relative_position_bias_table"),
+    *("pos_embed", "cls_token", "dist_token"),
+)
 """Last parts of the names of parameters that weight decay leaves alone."""
 
 
