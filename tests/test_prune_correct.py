@@ -106,6 +106,16 @@ def test_the_first_map_is_the_ridge_regression(family: str) -> None:
     np.testing.assert_allclose(bias, t_mean - fitted @ x_mean, rtol=1e-8, atol=1e-10)
 
 
+def test_a_network_is_as_it_was_after_a_pass_that_failed() -> None:
+    network = random_network(ARCHITECTURES["vit"]).train()
+    images, labels = batches_of(network)[0]
+    with pytest.raises(IndexError, match="out of bounds"):
+        position_importance(network, [(images, labels + 1000)])
+    assert all(module.training for module in network.modules())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert not network.stem._forward_hooks
+
+
 def test_position_importance_is_the_squared_gradient() -> None:
     """Against one backward pass per image, by adding a zero to the stream."""
     network = random_network(ARCHITECTURES["vit"])

@@ -29,6 +29,7 @@ from slimnas.nn.layout import as_layout, layout_of, to_tokens
 from slimnas.nn.swin import WindowAttention
 from slimnas.prune.apply import survivors
 from slimnas.prune.supported import check_network
+from slimnas.prune.taylor import scoring
 from slimnas.prune.widths import WidthPlan
 
 Correction = Literal["bias", "least_squares"]
@@ -122,6 +123,10 @@ def position_importance(
 ) -> dict[str, Tensor]:
     """How much each position of the stream after each block matters to the loss.
 
+    Args:
+        network: left as it was.
+        batches: images (B, c, H, W) and labels (B,).
+
     Returns:
         Block name -> squared gradient of the loss, summed over channels, averaged over images:
         (positions,), float64, mean 1.
@@ -129,12 +134,8 @@ def position_importance(
     blocks = [part for part in walk(network.architecture) if part.kind == "block"]
     totals: dict[str, Tensor] = {}
     first = next(network.parameters())
-    wanted = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
     outputs: dict[str, Tensor] = {}
-    with contextlib.ExitStack() as hooks, torch.enable_grad():
-        network.requires_grad_(False)
+    with contextlib.ExitStack() as hooks, scoring(network, by_gradient=False):
         for part in blocks:
             module = network.get_submodule(part.name)
             hooks.callback(module.register_forward_hook(_keep(outputs, part.name)).remove)
@@ -147,10 +148,6 @@ def position_importance(
             for part, gradient in zip(blocks, torch.autograd.grad(loss, kept), strict=True):
                 squares = _as_tokens(gradient).double().square().sum(dim=(0, 2)).cpu()
                 totals[part.name] = totals.get(part.name, torch.zeros_like(squares)) + squares
-    for parameter, grad in wanted:
-        parameter.requires_grad_(grad)
-    for module, training in modes:
-        module.training = training
     least = torch.finfo(torch.float64).tiny
     return {name: total / total.mean().clamp_min(least) for name, total in totals.items()}
 

@@ -120,7 +120,7 @@ class ScoreRun:
                 f"got {int(labels.min())} to {int(labels.max())}; give images of its classes"
             )
         first = next(self.network.parameters())
-        with _scoring(self.network, by_gradient=self._by_gradient):
+        with scoring(self.network, by_gradient=self._by_gradient):
             self._pass(images.to(first.device, first.dtype), labels.to(first.device))
         if self._given_data is None:
             batch = tensors_digest({"images": images, "labels": labels})
@@ -331,7 +331,7 @@ def score(
 
 
 @contextlib.contextmanager
-def _scoring(network: nn.Module, *, by_gradient: bool) -> Iterator[None]:
+def scoring(network: nn.Module, *, by_gradient: bool) -> Iterator[None]:
     """Evaluation mode inside, and gradients of all weights or of none; as it was after."""
     modes = [(module, module.training) for module in network.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
