@@ -127,6 +127,7 @@ def open_inputs(asked: Asked, folder: Path, progress: PruneProgress) -> Inputs:
     from slimnas.prune.config import PruneConfig
     from slimnas.prune.measured import open_meter
     from slimnas.prune.scored import load_scored
+    from slimnas.search.checks import table_digest
     from slimnas.train.devices import accelerator_for
 
     device = accelerator_for(asked.prune_on).device
@@ -155,7 +156,7 @@ def open_inputs(asked: Asked, folder: Path, progress: PruneProgress) -> Inputs:
             "test_data": asked.test_data,
             "test_digest": calibration.test_digest,
             "budgets": [budget.model_dump() for budget in budgets],
-            "table_digest": None if table is None else _digest(table),
+            "table_digest": None if table is None else table_digest(table),
             "scores_digest": None if scored is None else _file_digest(asked.scores),
             "measure": None if measure is None else measure.model_dump(),
         },
@@ -306,13 +307,6 @@ def _refuse_unreachable(config: PruneConfig, start: Start, table: LatencyTable |
             round_to=config.round_to,
             table=table,
         )
-
-
-def _digest(table: LatencyTable) -> str:
-    from slimnas.latency.rows import rows_to_csv
-
-    content = rows_to_csv(table.rows) + table.device.model_dump_json()
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _file_digest(path: Path | None) -> str | None:

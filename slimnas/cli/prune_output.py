@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from slimnas.prune.ratios import RatioSet
     from slimnas.prune.run import PruneResult
 
-WIDTHS = ("heads", "qk_dim", "v_dim", "ffn_dim")
-
 
 def json_body(
     result: PruneResult,
@@ -204,9 +202,4 @@ def _accuracy(result: PruneResult, value: float) -> dict[str, float | None]:
 
 
 def _blocks(ratios: RatioSet, number: int) -> list[dict[str, Any]]:
-    rows = ratios.budgets[number].blocks
-    widths = [(row.name, row.after) for row in rows]
-    return [
-        {"name": name, **dict(zip(WIDTHS, (w.heads, w.qk, w.v, w.ffn), strict=True))}
-        for name, w in widths
-    ]
+    return [{"name": row.name, **row.after.to_dict()} for row in ratios.budgets[number].blocks]

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -23,6 +22,7 @@ from slimnas.nn.build import Network
 from slimnas.nn.layout import run_module
 from slimnas.nn.units import ATTENTION, attention_of, qkv_rows
 from slimnas.prune.graph import Kind, Unit
+from slimnas.prune.ranks import rank_correlation
 from slimnas.prune.scores import Scores, blocks_of, unit_shapes
 from slimnas.prune.widths import embedding_groups
 
@@ -35,8 +35,6 @@ KINDS: tuple[Kind, ...] = (
     "ffn_layer",
     "embedding",
 )
-FEWEST = 3
-"""A rank correlation of fewer units says nothing."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,8 @@ class FirstOrderCheck:
         return KindCheck(
             kind,
             len(mine),
-            _rank_correlation(importance, [abs(unit.loss_change) for unit in mine]),
-            _rank_correlation(importance, [unit.squared_change for unit in mine]),
+            rank_correlation(importance, [abs(unit.loss_change) for unit in mine]),
+            rank_correlation(importance, [unit.squared_change for unit in mine]),
         )
 
     def kinds(self) -> tuple[KindCheck, ...]:
@@ -322,9 +320,3 @@ def _on_output(module: nn.Module, channels: Any, value: Any) -> Any:
         return changed
 
     return module.register_forward_hook(hook)
-
-
-def _rank_correlation(one: list[float], other: list[float]) -> float | None:
-    if len(one) < FEWEST or len(set(one)) == 1 or len(set(other)) == 1:
-        return None
-    return float(spearmanr(one, other).statistic)

@@ -20,6 +20,8 @@ from slimnas.prune.widths import attention_dims
 
 CostKind = Literal["macs", "params", "latency_ms", "units"]
 KINDS: tuple[CostKind, ...] = get_args(CostKind)
+WIDTHS = ("heads", "qk_dim", "v_dim", "ffn_dim")
+"""What the widths of a block are called in its description."""
 
 _AMOUNT = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([kKMG%]?)\s*$")
 _FACTORS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
@@ -48,6 +50,10 @@ class BlockWidths:
     def feed_forward(self) -> BlockWidths:
         """These without attention."""
         return BlockWidths(0, 0, 0, self.ffn)
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain data, by the names of a block's fields."""
+        return dict(zip(WIDTHS, (self.heads, self.qk, self.v, self.ffn), strict=True))
 
     @property
     def units(self) -> int:

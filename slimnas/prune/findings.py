@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scipy.stats import spearmanr
 
 from slimnas.arch.cost import cost
+from slimnas.prune.ranks import rank_correlation
 from slimnas.prune.ratios import BlockRatios, ChannelRatios, RatioKind, RatioSet
 
 LAST = 0.25
@@ -32,8 +32,6 @@ MORE_REDUNDANT = 1.5
 """Blocks are the more redundant ones if they lose at least this times what the others lose."""
 
 PUBLISHED = Path(__file__).with_name("published_pruning.yaml")
-FEWEST = 3
-"""A rank correlation of fewer blocks says nothing."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,7 @@ def compare_with_savit(ratios: RatioSet) -> tuple[PublishedComparison, ...]:
                 published,
                 budget.label,
                 own,
-                _rank_correlation(published, own),
+                rank_correlation(published, own),
             )
         )
     return tuple(found)
@@ -260,9 +258,3 @@ def _contrast(
 
 def _over(value: float | None, base: float) -> float | None:
     return None if value is None or base <= 1e-9 else value / base
-
-
-def _rank_correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    if len(one) < FEWEST or len(set(one)) == 1 or len(set(other)) == 1:
-        return None
-    return float(spearmanr(one, other).statistic)

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from slimnas.data.batches import ImageSet
 from slimnas.nn.build import Network
 from slimnas.nn.tensorfiles import tensors_digest
+from slimnas.prune.calibration import EVAL_BATCH
 from slimnas.train.evaluate import top1_percent
 from slimnas.train.loop import StepReport, TrainTask, Watch, decay_groups, fit
 from slimnas.train.losses import teacher_divergence
 from slimnas.train.recipe import Positive, Share, TrainRecipe
-
-EVAL_BATCH = 100
 
 OnStep = Callable[[StepReport], None]
 

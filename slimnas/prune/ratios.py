@@ -26,7 +26,7 @@ from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import cost
 from slimnas.arch.documents import Spec, check_schema, load_json, parse_spec
 from slimnas.errors import PruneError
-from slimnas.prune.costs import BlockWidths
+from slimnas.prune.costs import WIDTHS, BlockWidths
 from slimnas.prune.widths import WidthPlan, block_components
 
 SCHEMA = "slimnas/channel-ratios/1"
@@ -192,14 +192,13 @@ class RatioSet:
         atomic_write_text(Path(path), text.getvalue())
 
 
-_WIDTHS = ("heads", "qk_dim", "v_dim", "ffn_dim")
 CSV_COLUMNS = (
     "budget",
     "block",
     "stage",
     "type",
     "embedding",
-    *(f"{width}_{when}" for when in ("before", "after") for width in _WIDTHS),
+    *(f"{width}_{when}" for when in ("before", "after") for width in WIDTHS),
     *(f"{kind}_{when}" for when in ("before", "after") for kind in KINDS),
 )
 """Widths are counts (`qk_dim`, `v_dim` per head), the last eight columns ratios."""
@@ -275,10 +274,6 @@ def _unpruned(source: Architecture) -> list[tuple[str, int, str, int, BlockWidth
     ]
 
 
-def _widths_dict(widths: BlockWidths) -> dict[str, int]:
-    return dict(zip(_WIDTHS, (widths.heads, widths.qk, widths.v, widths.ffn), strict=True))
-
-
 def _budget_dict(budget: ChannelRatios) -> dict[str, Any]:
     return {
         "label": budget.label,
@@ -292,8 +287,8 @@ def _budget_dict(budget: ChannelRatios) -> dict[str, Any]:
                 "stage": block.stage,
                 "type": block.type,
                 "embedding": block.embedding,
-                "before": _widths_dict(block.before),
-                "after": _widths_dict(block.after),
+                "before": block.before.to_dict(),
+                "after": block.after.to_dict(),
                 "ratios_before": {kind: block.ratio(kind, pruned=False) for kind in KINDS},
                 "ratios_after": {kind: block.ratio(kind) for kind in KINDS},
             }
@@ -315,7 +310,7 @@ def _json_text(data: Mapping[str, Any]) -> str:
 
 
 def _csv_row(label: str, block: BlockRatios) -> list[object]:
-    before, after = _widths_dict(block.before), _widths_dict(block.after)
+    before, after = block.before.to_dict(), block.after.to_dict()
     return [
         *(label, block.name, block.stage, block.type, block.embedding),
         *before.values(),

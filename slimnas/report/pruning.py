@@ -13,13 +13,13 @@ from slimnas._files import atomic_write_text
 from slimnas.arch.architecture import Architecture
 from slimnas.arch.cost import CostReport, cost
 from slimnas.errors import PruneError, suggest
-from slimnas.prune.findings import Finding, published_findings
+from slimnas.prune.findings import published_findings
 from slimnas.prune.measured import Measured, Setup, Timed
 from slimnas.prune.ratios import KINDS, TITLES, RatioSet, channel_ratios
 from slimnas.prune.scores import Scores
 from slimnas.prune.sensitivity import Sensitivity
 from slimnas.prune.widths import WidthPlan
-from slimnas.report.figures import save_figure
+from slimnas.report.figures import WIDE_IN, save_figure
 from slimnas.report.html import FIGURES, Picture, page_environment, themes
 from slimnas.report.pruning_curves import importance_figure, sensitivity_figure, zero_units
 from slimnas.report.pruning_figures import ParetoPoint, channel_ratios_figure, pareto_figure
@@ -190,7 +190,7 @@ def write_report(
         written["sensitivity.csv"] = folder / "sensitivity.csv"
         report.sensitivity.save_csv(written["sensitivity.csv"])
     for picture in pictures:
-        for path in save_figure(picture.draw(9.0), folder / FIGURES / picture.name):
+        for path in save_figure(picture.draw(WIDE_IN), folder / FIGURES / picture.name):
             written[path.name] = path
     atomic_write_text(page, _render(report, pictures, folder, written))
     return written
@@ -254,10 +254,6 @@ def _scored_plan(report: PruneReport, scores: Scores) -> WidthPlan | None:
     return report.tightest.plan if scores.architecture == report.source.digest else None
 
 
-def _findings(report: PruneReport) -> tuple[Finding, ...]:
-    return published_findings(report.ratios)
-
-
 def _render(
     report: PruneReport, pictures: list[Picture], folder: Path, written: Mapping[str, Path]
 ) -> str:
@@ -271,7 +267,7 @@ def _render(
             report=report,
             treatments=report.treatments,
             latencies=list(latencies),
-            findings=_findings(report),
+            findings=published_findings(report.ratios),
             kinds=KINDS,
             titles=TITLES,
             zeros=None if report.scores is None else zero_units(report.scores),
