@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slimnas.arch.architecture import Architecture
-from slimnas.arch.documents import parse_spec
 from slimnas.data.splits import DataSplits
 from slimnas.nn.build import Network, build
 from slimnas.nn.regularisation import set_layer_scale
@@ -31,17 +30,6 @@ CALIBRATION_BATCHES = 10
 
 DIGITS_RESOLUTION = 64
 """Side to which digits, 8x8 pixels each, are enlarged unless told otherwise."""
-
-
-def resized(architecture: Architecture, resolution: int | tuple[int, int]) -> Architecture:
-    """`architecture` for another input size.
-
-    Raises:
-        SpecError: it cannot be built for that.
-    """
-    given = {**architecture.input.model_dump(), "resolution": resolution}
-    data = {**architecture.model_dump(), "input": given}
-    return parse_spec(Architecture, data, source=f"{architecture.name} at {resolution} px")
 
 
 @torch.no_grad()
@@ -106,7 +94,8 @@ class TrainingBudget:
         Raises:
             SpecError: it cannot be built for that resolution.
         """
-        return resized(architecture, self.resolution).with_head(classes=self.data.classes)
+        resized = architecture.with_resolution(self.resolution)
+        return resized.with_head(classes=self.data.classes)
 
     def train(self, architecture: Architecture, *, seed: int) -> Network:
         """A network of `architecture`, adapted and trained from random weights.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-LOG_LEVEL, SILENT = "KINETO_LOG_LEVEL", "99"
+from slimnas.analysis.recording import silent_profiler
 
 _CPU = 0
 """The number of the CPU among the profiler's device types."""
@@ -36,21 +34,9 @@ def _on_cuda(call: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-@contextlib.contextmanager
-def _silent_profiler() -> Iterator[None]:
-    """Keep the profiler, which reads its level when first used, from writing to stderr."""
-    before = os.environ.get(LOG_LEVEL)
-    os.environ.setdefault(LOG_LEVEL, SILENT)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[LOG_LEVEL]
-
-
 def _on_cpu(call: Callable[[], object]) -> int:
     with (
-        _silent_profiler(),
+        silent_profiler(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         call()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from slimnas.analysis.attention_maps import FUSED, attention_weights
 from slimnas.analysis.operators import Operator, of_aten
 from slimnas.analysis.places import OUTSIDE, Place, entering
-from slimnas.analysis.recording import Cell, ProfileSettings, Recording
+from slimnas.analysis.recording import Cell, ProfileSettings, Recording, silent_profiler
 from slimnas.analysis.traffic import Key, Traffic, count_traffic
 from slimnas.nn.build import Network
 from slimnas.runtimes.torch_device import exact_kernels
@@ -27,9 +26,6 @@ from slimnas.runtimes.torch_runtime import DTYPES
 RUN = "slimnas run"
 PLACE = "slimnas place "
 """Names of the ranges that the profiler is told about."""
-
-LOG_LEVEL = "KINETO_LOG_LEVEL"
-SILENT = "99"
 
 
 def profile_torch(network: Network, images: Tensor, settings: ProfileSettings) -> Recording:
@@ -158,20 +154,17 @@ def _cells(samples: Iterable[_Sample], traffic: Any, iterations: int) -> tuple[C
 @contextlib.contextmanager
 def _conditions(settings: ProfileSettings) -> Iterator[None]:
     """The number of threads and the kernels asked for; the caller's are restored."""
-    before, level = torch.get_num_threads(), os.environ.get(LOG_LEVEL)
+    before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
-    # Read when the profiler is first used in a process; it writes to stderr when it starts.
-    os.environ.setdefault(LOG_LEVEL, SILENT)
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(silent_profiler())
             stack.enter_context(exact_kernels())
             if settings.attention == "explicit":
                 stack.enter_context(_Explicit())
             yield
     finally:
         torch.set_num_threads(before)
-        if level is None:
-            del os.environ[LOG_LEVEL]
 
 
 class _Explicit(TorchFunctionMode):

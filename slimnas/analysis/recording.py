@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +16,7 @@ from slimnas.errors import AnalysisError
 
 DTYPES = ("fp32", "bf16", "fp16")
 DEVICES = ("cpu", "cuda")
+LOG_LEVEL, SILENT = "KINETO_LOG_LEVEL", "99"
 
 RuntimeName = Literal["torch", "onnxruntime"]
 Attention = Literal["fused", "explicit"]
@@ -70,6 +74,18 @@ class ProfileSettings:
             raise AnalysisError(
                 f"device cuda: torch {torch.__version__} finds none here; use device cpu"
             )
+
+
+@contextlib.contextmanager
+def silent_profiler() -> Iterator[None]:
+    """Keep torch's profiler, which reads its level when first used, from writing to stderr."""
+    before = os.environ.get(LOG_LEVEL)
+    os.environ.setdefault(LOG_LEVEL, SILENT)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LOG_LEVEL]
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,6 @@ def mhsa_share(
     Example: slimnas analyze mhsa-share deit_tiny --train 10
     """
     quiet_threads()
-    from slimnas.analysis.budget import resized
     from slimnas.analysis.mhsa_share import Goal, distinct_shares
     from slimnas.analysis.share_run import ShareStudy
     from slimnas.errors import AnalysisError
@@ -132,7 +131,7 @@ def mhsa_share(
 
     base = get(model).architecture
     if resolution is not None:
-        base = resized(base, resolution)
+        base = base.with_resolution(resolution)
     asked_speedups = numbers(speedups, "--speedups")
     if min(asked_speedups) <= 0:
         raise AnalysisError(f"--speedups: must be above 0, got {speedups!r}")

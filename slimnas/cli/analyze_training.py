@@ -144,7 +144,7 @@ def open_budget(
     """
     import torch
 
-    from slimnas.analysis.budget import DIGITS_RESOLUTION, TrainingBudget, resized
+    from slimnas.analysis.budget import DIGITS_RESOLUTION, TrainingBudget
     from slimnas.arch.documents import parse_spec
     from slimnas.data.splits import open_data
     from slimnas.train.devices import accelerator_for
@@ -156,7 +156,7 @@ def open_budget(
         side = asked.resolution
     elif asked.data == "digits" and min(shape.height, shape.width) > DIGITS_RESOLUTION:
         side = DIGITS_RESOLUTION
-    resized(architecture, side)
+    architecture.with_resolution(side)  # refuses one that the model cannot take
     recipe = parse_spec(
         TrainRecipe,
         {
