@@ -32,8 +32,6 @@ AUTO, NONE = "auto", "none"
 PYTORCH, ONNX = "pytorch", "onnx"
 CONFIGS = ("config.yaml", "config.json")
 """Settings of a run, in its folder."""
-TRAINED_AT = "trained_at"
-"""Where a found network's provenance says at which resolution it was trained."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +196,8 @@ def _entry(asked: Asked) -> Entry:
 
 def _at_resolution(architecture: Architecture, resolution: int | None) -> Architecture:
     """The network at the size that is asked for, else at that it was trained at."""
+    from slimnas.zoo.preprocessing import TRAINED_AT
+
     trained_at = architecture.provenance.get(TRAINED_AT)
     if resolution is not None:
         return architecture.with_resolution(resolution)

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from slimnas.train.run import Listener
     from slimnas.train.teacher import Teacher
 
-TRAINED_AT = "trained_at"
-"""Key of a found network's provenance: side of the images its weights are from."""
-
 
 def run_or_report(inputs: Inputs, folder: Path, as_json: bool) -> None:
     """Train, unless it is done, and print what came out; beside other processes in silence.
@@ -87,6 +84,7 @@ def _open_networks(
     from slimnas.train.config import refuse_other_run
     from slimnas.train.run import check_run, completed
     from slimnas.train.teacher import open_teacher
+    from slimnas.zoo.preprocessing import TRAINED_AT
 
     config, start = inputs.config, inputs.start
     classes = len(data.class_names)

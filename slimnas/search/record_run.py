@@ -27,6 +27,7 @@ from slimnas.search.slimming import Slimmer
 from slimnas.search.trajectory import Trajectory
 from slimnas.zoo.entry import ARCHITECTURE, METRICS
 from slimnas.zoo.metrics import Metric, save_metrics
+from slimnas.zoo.preprocessing import TRAINED_AT
 
 
 def run_from_record(
@@ -126,7 +127,7 @@ class _Writer:
             "record_digest": self._record.digest,
             "supernet_digest": self._record.supernet_digest,
             "table_digest": self._config.table_digest,
-            "trained_at": self._record.resolution,
+            TRAINED_AT: self._record.resolution,
         }
         architecture = self._space.architecture(selection).renamed(name, provenance)
         priced, counted = estimate(architecture, answer.table), cost(architecture)

@@ -1,4 +1,4 @@
-"""What a network's images are normalised with, as its architecture's provenance says."""
+"""What images a network's weights were trained on, as its architecture's provenance says."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from slimnas.data.whole import Normalisation
 from slimnas.errors import SpecError
 
 KEY = "preprocessing"
+TRAINED_AT = "trained_at"
+"""Side in pixels of the images that a found network's weights were trained on."""
 
 
 def normalisation_of(architecture: Architecture) -> Normalisation | None:
