@@ -6,7 +6,6 @@ was stopped goes on where it was and ends with the same result.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +50,7 @@ from slimnas.supernet.train import (
     save_supernet,
     train_supernet,
 )
+from slimnas.train.checkpoint import require_space_on_disk
 from slimnas.train.devices import accelerator_for
 from slimnas.train.history import FILE as METRICS_LOG
 from slimnas.train.history import Row, append_row, read_history
@@ -323,7 +323,7 @@ def _supernet(
         layer_scale=config.recipe.layer_scale,
     )
     if accelerator.is_main_process:
-        _require_space_on_disk(folder, supernet)
+        require_space_on_disk(folder, supernet)
 
     def keep(progress: Progress) -> None:
         if progress.search_top1 is not None:
@@ -361,17 +361,6 @@ def _require_same_training(
         raise RunFolderError(
             f"{path}: was trained with another {', '.join(other)}; restore what it was trained "
             "with, or give another --output"
-        )
-
-
-def _require_space_on_disk(folder: Path, supernet: Supernet) -> None:
-    """A checkpoint holds weights, their average and two moments, and is written beside the old."""
-    needed = 2 * 4 * sum(p.numel() * p.element_size() for p in supernet.parameters())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise RunFolderError(
-            f"{folder}: training needs {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free; "
-            "free some, or give another --output"
         )
 
 

@@ -20,6 +20,7 @@ from slimnas.arch.walk import Component, walk
 from slimnas.errors import SpecError
 from slimnas.nn.build import Network, make_module
 from slimnas.nn.layout import run_module
+from slimnas.nn.regularisation import set_layer_scale
 from slimnas.nn.seeding import seeded
 from slimnas.supernet.gumbel import AlphaGradient, Mixing, Noise, Route, draw_route
 from slimnas.supernet.inherit import ChannelOrder, Inheritance
@@ -61,13 +62,7 @@ class Supernet(nn.Module):
                 _make_stage(space, index, parts) for index in range(len(space.stages))
             )
             self.head = make_module(parts["head"])
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if name.endswith(".gamma"):
-                    parameter.fill_(layer_scale)
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
-                    module.weight.fill_(layer_scale)
+        set_layer_scale(self, layer_scale)
 
     def forward(
         self, images: Tensor, routes: Sequence[Route], others: Sequence[Pass] = ()

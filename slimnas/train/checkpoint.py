@@ -6,6 +6,7 @@ always belong together, however a run was stopped.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimnas.errors import WeightsError
+from slimnas.errors import RunFolderError, WeightsError
 from slimnas.nn.tensorfiles import load_tensors, save_tensors, tensors_digest
 
 SCHEMA = "slimnas/training-state/1"
@@ -99,6 +100,29 @@ def load_state(path: Path, state: TrainState, identity: str) -> None:
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         first = str(error).splitlines()[0]
         raise WeightsError(f"{path}: does not fit this run ({first}); delete it") from error
+
+
+def require_space_on_disk(folder: Path, module: nn.Module, *, besides: int = 0) -> None:
+    """Refuse a disk that a training of `module` would fill.
+
+    A checkpoint holds weights, their average and two moments, and is written beside the old one.
+
+    Args:
+        folder: of the run; it need not be there yet.
+        module: what is trained.
+        besides: other files of the run as large as the weights.
+
+    Raises:
+        RunFolderError: says how much is needed, and how much there is.
+    """
+    weights = sum(p.numel() * p.element_size() for p in module.parameters())
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    needed, free = (2 * 4 + besides) * weights, shutil.disk_usage(there).free
+    if free < needed:
+        raise RunFolderError(
+            f"{folder}: training needs {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free; "
+            "free some, or give another --output"
+        )
 
 
 def _lay_out_alike(optimizer: torch.optim.Optimizer) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from torch import nn
 from slimnas._files import remove_leftovers
 from slimnas.data.batches import ImageSet
 from slimnas.data.training import TrainingData, require_full_batch
-from slimnas.errors import RunFolderError
 from slimnas.nn.build import Network
 from slimnas.nn.regularisation import set_drop_path, set_layer_scale
 from slimnas.nn.tensorfiles import tensors_digest
 from slimnas.train.augment import AugmentedImages
+from slimnas.train.checkpoint import require_space_on_disk
 from slimnas.train.config import FRESH, TrainConfig, claim
 from slimnas.train.devices import accelerator_for, check_batch, part_of
 from slimnas.train.history import FILE as HISTORY
@@ -128,7 +127,7 @@ def run_training(
     check_run(config, data, accelerator)
     run = _Run(config, network, data, folder, listener or Silent(), accelerator)
     if accelerator.is_main_process:
-        _require_space_on_disk(folder, network)
+        require_space_on_disk(folder, network, besides=2)  # the last weights and the best
         claim(folder, config)
         remove_leftovers(folder)
     accelerator.wait_for_everyone()
@@ -272,15 +271,3 @@ def top1_of_all(network: nn.Module, images: ImageSet, accelerator: Accelerator) 
         for pixels, labels in itertools.islice(batches, mine.stop - mine.start):
             right += (network(pixels).argmax(dim=1) == labels).sum()
     return 100.0 * int(accelerator.reduce(right, "sum")) / len(images)
-
-
-def _require_space_on_disk(folder: Path, network: Network) -> None:
-    """A checkpoint holds weights, their average and two moments, and is written beside the old."""
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    needed, free = 10 * weights, shutil.disk_usage(there).free
-    if free < needed:
-        raise RunFolderError(
-            f"{folder}: training needs {needed / 1e9:.1f} GB there, {free / 1e9:.1f} GB are free; "
-            "free some, or give another --output"
-        )
