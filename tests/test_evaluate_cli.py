@@ -463,9 +463,7 @@ def test_a_trained_network_is_judged_on_its_test_data(capsys: pytest.CaptureFixt
     assert (seen["images"], seen["provenance"]["split"]) == (2, "test")
 
 
-def test_a_pruned_network_is_judged_as_pruning_judged_it(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def save_pruned(data: str) -> Path:
     given = {"mean": [0.3] * 3, "std": [0.3] * 3}
     named = TINY.renamed("tiny", {"preprocessing": given, "seed": 4})
     place = Path("pruned/found/macs_80pct")
@@ -475,12 +473,24 @@ def test_a_pruned_network_is_judged_as_pruning_judged_it(
         architecture_digest="0",
         weights="auto",
         weights_digest="0",
-        data="digits",
+        data=data,
         data_digest="0",
         test_digest="0",
         budgets=(BudgetSpec(kind="macs", limit=1.0, asked="80%"),),
         seed=4,
     ).save(Path("pruned/config.json"))
+    return place
+
+
+def test_a_network_pruned_on_the_stand_in_needs_images(capsys: pytest.CaptureFixture[str]) -> None:
+    (error,) = slimnas(capsys, "evaluate", save_pruned("photos")).errors
+    assert "was pruned on crops of two photographs, which have no labels" in error
+
+
+def test_a_pruned_network_is_judged_as_pruning_judged_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = save_pruned("digits")
     body = slimnas(capsys, "evaluate", place, "--json").json()
     options = DataOptions(resolution=(32, 32), channels=3, seed=4)
     whole = open_whole("digits", options, normalisation=((0.3,) * 3, (0.3,) * 3), hold_out=True)

@@ -317,7 +317,9 @@ def _request(
 
 def _which(asked: Asked, run: Run | None) -> tuple[str, SplitName]:
     """The data and which part of it: as given, else what the run was judged on."""
+    from slimnas.data.photos import NAME as PHOTOS
     from slimnas.errors import DataError
+    from slimnas.prune.config import PruneConfig
 
     if asked.data is not None:
         return asked.data, asked.split
@@ -327,7 +329,13 @@ def _which(asked: Asked, run: Run | None) -> tuple[str, SplitName]:
             "folder, parquet, tars or a hub id)"
         )
     test_data: str | None = getattr(run, "test_data", None)
-    return test_data if test_data and asked.split == "test" else run.data, asked.split
+    data = test_data if test_data and asked.split == "test" else run.data
+    if isinstance(run, PruneConfig) and data == PHOTOS:
+        raise DataError(
+            f"{asked.model}: was pruned on crops of two photographs, which have no labels; give "
+            "images of its classes with --data"
+        )
+    return data, asked.split
 
 
 def _division(run: Run | None, data: str) -> Literal["by_class", "by_row", "no"]:
