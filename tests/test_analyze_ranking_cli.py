@@ -122,6 +122,7 @@ def test_what_the_supernet_says_is_what_the_search_says(
     )
     alphas = ImportanceRecord(supernet.alphas(), {})
     order = open_evaluator(config, supernet, alphas, data.for_search()).inheritance.order
+    assert {one["digest"] for one in body["networks"]} == set(drawn)
     for one in body["networks"]:
         selection = place(supernet, drawn[one["digest"]])
         total = sum(record[i]["slots"][j]["importance"] for i, j, _ in selection.active())
