@@ -134,6 +134,15 @@ def test_int8_is_off_by_its_rounding_and_no_more(family: str) -> None:
     assert np.abs(got - literal).max() < rounding
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_constants_lie_row_by_row(family: str) -> None:
+    """ExecuTorch refuses others that XNNPACK does not take from it, as Swin-T's biases."""
+    folded = fold(network_of(FAMILIES[family]))
+    constants = [*folded.named_parameters(), *folded.named_buffers()]
+    assert len(constants) > 10
+    assert [name for name, tensor in constants if not tensor.is_contiguous()] == []
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_timed_is_what_runs(name: str) -> None:
     block = MB4D(width=6, ffn_dim=9).eval()

@@ -167,8 +167,8 @@ class WindowAttention(nn.Module):
         return masked.reshape(self.windows.count * self.heads, tokens, tokens)
 
     def fold_(self) -> None:
-        """Gather the biases, and add the mask, once."""
-        self.pair_bias = self.bias().detach().clone()
+        """Gather the biases, and add the mask, once; ExecuTorch needs them row by row."""
+        self.pair_bias = self.bias().detach().clone(memory_format=torch.contiguous_format)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (B, H*W, C) to the same shape.
