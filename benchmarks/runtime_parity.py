@@ -198,8 +198,10 @@ def kept(case: Case, given: argparse.Namespace) -> dict[str, Any]:
     if path.is_file() and not given.fresh:
         known = json.loads(path.read_text(encoding="utf-8"))
         row: dict[str, Any] = known["row"]
-        if known["made_with"] == made_with and "failed" not in row:
+        if known["made_with"] == made_with and (given.kept_only or "failed" not in row):
             return row
+    if given.kept_only:
+        return {**asdict(case), "failed": "not run"}
     row = measure(case, given.seed, given.limit_s)
     given.cache.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, json.dumps({"made_with": made_with, "row": row}, indent=1) + "\n")
@@ -314,7 +316,9 @@ def parse() -> tuple[list[Case], argparse.Namespace]:
     parser.add_argument("--runtimes", nargs="+", default=["*"], help="names or patterns")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=180.0, help="longest time of a case")
-    parser.add_argument("--fresh", action="store_true", help="compare again what is kept")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--fresh", action="store_true", help="compare again what is kept")
+    how.add_argument("--kept-only", action="store_true", help="report what is kept, run nothing")
     parser.add_argument(
         "--cache", type=Path, default=HERE / ".runtime_parity_cache", help="where cases are kept"
     )
