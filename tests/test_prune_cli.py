@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cli_world import slimnas
+from PIL import Image
 from prune_cases import ARCHITECTURES, FAMILIES, random_network
 from prune_world import ARCHITECTURE, PRUNE, VIT, lay_out, network
 from safetensors.torch import save_file
@@ -288,6 +289,8 @@ def test_every_built_in_model_has_a_small_form() -> None:
         ("--method exact --units embedding", "--method exact: cannot weigh embedding"),
         ("--data nowhere", "--data nowhere: no such file or folder"),
         ("--labels data --data photos", "must have the 10 classes of mini"),
+        ("--test-data nowhere", "--test-data nowhere: no such file or folder"),
+        ("--labels data --test-data two", "--test-data two: must have the 10 classes of mini for"),
         ("--weights nosuch.safetensors", "nosuch.safetensors: no such file"),
         ("--weights none", "--weights none: importance needs trained weights"),
         ("--weights other.safetensors", "missing stem.cls_token"),
@@ -304,6 +307,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     arguments: str, message: str, fresh: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (fresh / "bare.yaml").write_text(VIT.replace("mini", "bare"))
+    for name in ("two/a/1.png", "two/b/1.png"):
+        (fresh / name).parent.mkdir(parents=True)
+        Image.new("L", (8, 8)).save(fresh / name)
     state = network().state_dict()
     save_file({k: v for k, v in state.items() if "cls_token" not in k}, fresh / "other.safetensors")
     state["head.head.bias"][0] = float("nan")

@@ -155,12 +155,17 @@ def open_calibration(
             request.data, everything, normalisation=same, hold_out=hold_out
         ).images
     if request.test_data is not None:
-        other = open_whole(request.test_data, everything, normalisation=same)
+        try:
+            other = open_whole(request.test_data, everything, normalisation=same)
+        except DataError as error:  # names the option that most data come from
+            raise DataError(str(error).replace("--data ", "--test-data ", 1)) from error
         test, test_names = other.images, other.class_names
         description += f"; judged on {other.description}"
     assert test is not None
-    labels = _labels(request, names, network, request.data)
-    test_labels = _labels(request, test_names, network, request.test_data or request.data)
+    data = f"--data {request.data}"
+    labels = _labels(request, names, network, data)
+    judged = data if request.test_data is None else f"--test-data {request.test_data}"
+    test_labels = _labels(request, test_names, network, judged)
     if labels == "model":
         found = predicted(images, network, device)
         training = predicted(training, network, device) if training is not images else found
@@ -189,7 +194,7 @@ def predicted(images: ImageSet, network: Network, device: torch.device | str) ->
     return replace(images, labels=torch.cat(found))
 
 
-def _labels(request: DataRequest, names: tuple[str, ...], network: Network, spec: str) -> Labels:
+def _labels(request: DataRequest, names: tuple[str, ...], network: Network, given: str) -> Labels:
     classes = network.architecture.head.classes
     fits = len(names) == classes and not request.foreign
     if request.labels == "model" or (request.labels == "auto" and not fits):
@@ -197,7 +202,7 @@ def _labels(request: DataRequest, names: tuple[str, ...], network: Network, spec
     if not fits:
         other = "classes of its own" if len(names) == classes else f"{len(names)} classes"
         raise DataError(
-            f"--data {spec}: must have the {classes} classes of {network.architecture.name} for "
+            f"{given}: must have the {classes} classes of {network.architecture.name} for "
             f"--labels data, has {other}; use --labels model to go by the model's own predictions"
         )
     return "data"
