@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from train_cases import (
     CPU,
@@ -16,6 +20,7 @@ from train_cases import (
     task,
 )
 
+from slimnas import create_model
 from slimnas.errors import TrainingError
 from slimnas.train.clipping import clip_adaptively, clip_gradients
 from slimnas.train.loop import (
@@ -74,6 +79,34 @@ def test_vectors_and_attention_biases_are_not_decayed() -> None:
     assert [names[id(p)] for p in plain["params"]] == list(parameters)[2:]
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
     assert decayed["lr"] == plain["lr"] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("deit_tiny_distilled", "deit_tiny_distilled_patch16_224"),
+        ("swin_tiny", "swin_tiny_patch4_window7_224"),
+        ("efficientvit_m0", "efficientvit_m0"),
+        ("efficientformer_l1", "efficientformer_l1"),
+    ],
+)
+def test_decayed_parameters_are_timms(ours: str, theirs: str) -> None:
+    """As many numbers with weight decay as timm's own rule leaves it on."""
+    model = timm.create_model(theirs)
+    names = set(getattr(model, "no_weight_decay", set)()) | _tables(model)
+    expected = _numbers(param_groups_weight_decay(model, 0.1, no_weight_decay_list=names))
+    network = create_model(ours)
+    groups = decay_groups(dict(network.named_parameters()), TrainRecipe(weight_decay=0.1))
+    assert _numbers(groups) == expected
+
+
+def _numbers(groups: Iterable[dict[str, Any]]) -> dict[float, int]:
+    return {group["weight_decay"]: sum(p.numel() for p in group["params"]) for group in groups}
+
+
+def _tables(model: nn.Module) -> set[str]:
+    """Biases of attention, which timm leaves to its users in EfficientViT and EfficientFormer."""
+    return {name for name, _ in model.named_parameters() if name.endswith("attention_biases")}
 
 
 def test_average_is_the_running_mean_by_hand() -> None:

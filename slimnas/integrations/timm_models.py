@@ -30,6 +30,7 @@ from slimnas.errors import WeightsError, ZooError, suggest
 from slimnas.nn.build import Backbone, FeatureNetwork, Network, Stage, build
 from slimnas.nn.dynamic import DynamicFeatureNetwork, dynamic
 from slimnas.nn.layers import initialised
+from slimnas.nn.undecayed import is_undecayed
 from slimnas.zoo.create import create_model, find_weights, published_weights
 from slimnas.zoo.entry import Entry
 from slimnas.zoo.hub import download
@@ -43,11 +44,6 @@ NEUTRAL = ("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "
 """Options that timm's scripts always give; these networks have none of it."""
 
 TAKES = ("num_classes", "in_chans", "img_size", "features_only", "out_indices", "seed")
-UNDECAYED = (
-    *("attention_biases", "relative_position_bias_table"),
-    *("pos_embed", "cls_token", "dist_token"),
-)
-"""Last parts of the names of parameters that weight decay leaves alone."""
 
 
 class ZooModel(nn.Module):
@@ -142,7 +138,7 @@ class ZooModel(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of parameters without weight decay."""
         names = (name for name, _ in self.named_parameters())
-        return {name for name in names if name.rpartition(".")[2] in UNDECAYED}
+        return {name for name in names if is_undecayed(name)}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Groups of layers, for learning rates that fall with depth."""

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slimnas.data.batches import TrainImages
 from slimnas.errors import TrainingError, WeightsError
+from slimnas.nn.undecayed import is_decayed
 from slimnas.train.checkpoint import TrainState, load_state, save_state
 from slimnas.train.clipping import clip_gradients
 from slimnas.train.devices import check_batch, part_of
@@ -325,7 +326,7 @@ def decay_groups(
     parameters: Mapping[str, nn.Parameter], recipe: TrainRecipe
 ) -> list[dict[str, Any]]:
     """Two parameter groups: matrices and kernels with weight decay, the rest without."""
-    decayed = [p for name, p in parameters.items() if p.dim() > 1 and not name.endswith("_biases")]
+    decayed = [p for name, p in parameters.items() if is_decayed(name, p)]
     chosen = {id(p) for p in decayed}
     plain = [p for p in parameters.values() if id(p) not in chosen]
     return [
