@@ -21,8 +21,6 @@ from slimnas.data.sources import ImageTable, LongArray, RawImage, Source
 from slimnas.data.splits import DataOptions, ImagePart, open_table, pixel_statistics
 from slimnas.errors import DataError
 
-HELD_OUT = 0.2
-"""Share of the images held out where a source has no test split."""
 MOST_HELD_OUT = 10_000
 PHOTO_CROPS = 1000
 _ROWS = 21  # keeps this random stream apart from the others of one seed

@@ -23,7 +23,7 @@ from slimnas.supernet.inherit import Alphas, place_by
 from slimnas.supernet.train import TrainedSupernet
 from slimnas.zoo.entry import FOUND, save_model
 from slimnas.zoo.metrics import Metric
-from slimnas.zoo.preprocessing import KEY, preprocessing
+from slimnas.zoo.preprocessing import KEY, TRAINED_AT, preprocessing
 from slimnas.zoo.registry import get
 
 REFERENCE = "efficientformer_l1"
@@ -114,7 +114,7 @@ def save_found(origin: Origin, trajectory: Trajectory, answer: Answer, folder: P
         "seed": origin.config.seed,
         "supernet_digest": origin.trained.digest,
         "table_digest": origin.config.table_digest,
-        "trained_at": origin.config.resolution,
+        TRAINED_AT: origin.config.resolution,
         KEY: preprocessing(*origin.normalisation),
     }
     architecture = origin.space.architecture(selection).renamed(name, provenance)
