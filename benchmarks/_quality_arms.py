@@ -160,6 +160,30 @@ def evolved(
         device: where the supernet runs.
         note: called with their number after each evaluation.
     """
+    evaluate, identity = judge(run, supernet, space, data, device)
+    return evolve(
+        space,
+        pricer(space, table),
+        evaluate,
+        evaluations=evaluations,
+        seed=SearchConfig.load(run / "config.yaml").seed,
+        record=Record(run / "nsga2.jsonl", identity),
+        on_scored=note,
+    )
+
+
+def judge(
+    run: Path, supernet: Path, space: SearchSpace, data: SearchData, device: torch_device
+) -> tuple[Callable[[Selection], float], str]:
+    """What a search judged its candidates by, top-1 in percent on SEARCH, and what names it.
+
+    Args:
+        run: folder of the search.
+        supernet: that it used.
+        space: with the data's classes.
+        data: TRAIN and SEARCH.
+        device: where the supernet runs.
+    """
     config = SearchConfig.load(run / "config.yaml")
     trained = load_supernet(supernet)
     require_fitting(trained, space, data, config.resolution)
@@ -173,13 +197,4 @@ def evolved(
         evaluator.move_to(selection)  # which forgets the modules of the one before
         return evaluator.top1(selection)
 
-    identity = f"{trained.digest} {data.digest} {config.search_images} {config.seed}"
-    return evolve(
-        space,
-        pricer(space, table),
-        evaluate,
-        evaluations=evaluations,
-        seed=config.seed,
-        record=Record(run / "nsga2.jsonl", identity),
-        on_scored=note,
-    )
+    return evaluate, f"{trained.digest} {data.digest} {config.search_images} {config.seed}"

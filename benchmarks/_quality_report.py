@@ -148,7 +148,12 @@ def table_lines(result: Mapping[str, Any]) -> list[str]:
             f"| {row['predicted_ms']:.2f} | {measured} | {inherited} "
             f"| {spread(row['search_top1'])} | {spread(row['test_top1'])} |"
         )
-    return [*lines, "", *verdict_lines(result)]
+    ranking = result["ranking"]
+    ranked = (
+        f"- The supernet's order of {ranking['networks']} networks beside that of their own "
+        f"trainings: Kendall tau {ranking['kendall_tau']:.2f}, Spearman {ranking['spearman']:.2f}"
+    )
+    return [*lines, "", *verdict_lines(result), ranked]
 
 
 def verdict_lines(result: Mapping[str, Any]) -> list[str]:

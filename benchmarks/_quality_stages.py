@@ -6,15 +6,16 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from _quality_arms import evolved, random_at, uniform_scaling
+from _quality_arms import evolved, judge, random_at, uniform_scaling
 from _quality_report import OURS
 from _quality_training import Counter, Job, Trained, Trainer, note
+from scipy.stats import kendalltau, spearmanr
 
 from slimnas._files import atomic_write_text
 from slimnas.arch.architecture import Architecture
@@ -409,22 +410,50 @@ class Bench:
 
     def random_trials(self) -> list[dict[str, Any]]:
         """What the choice among random networks was made from."""
-        trial_seed = self.settings.seed + SELECTION_SEED
-        found = []
-        for one in self.candidates:
-            if one.arm == "random":
-                job = Job(one.title, one.architecture, trial_seed)
-                (trained,) = self.trainer.run([job])
-                found.append(
-                    {
-                        "target_ms": one.target_ms,
-                        "predicted_ms": one.predicted_ms,
-                        "widths": one.architecture.widths,
-                        "depths": one.architecture.depths,
-                        **asdict(trained),
-                    }
-                )
-        return found
+        return [
+            {
+                "target_ms": one.target_ms,
+                "predicted_ms": one.predicted_ms,
+                "widths": one.architecture.widths,
+                "depths": one.architecture.depths,
+                **asdict(self._first_training(one)),
+            }
+            for one in self.candidates
+            if one.arm == "random"
+        ]
+
+    def ranking(self) -> dict[str, Any]:
+        """How the supernet orders networks of the space, beside how they come out of training.
+
+        All networks but the scaled ones, which have widths that the space has not.
+        """
+        networks = {one.architecture.digest: one for one in self.candidates if one.arm != "uniform"}
+        path = self.run / f"inherited-{key_of(list(networks))}.json"
+        inherited = kept(path, lambda: self._inherited(networks))
+        trained = {digest: self._first_training(one) for digest, one in networks.items()}
+        pairs = [(inherited[digest], trained[digest].test_top1) for digest in networks]
+        return {
+            "networks": len(pairs),
+            "kendall_tau": float(kendalltau(*zip(*pairs, strict=True)).statistic),
+            "spearman": float(spearmanr(*zip(*pairs, strict=True)).statistic),
+            "inherited_search_top1": [first for first, _ in pairs],
+            "trained_test_top1": [second for _, second in pairs],
+        }
+
+    def _inherited(self, networks: Mapping[str, Candidate]) -> dict[str, float]:
+        device = accelerator_for(self.settings.train_on).device
+        data = self.data.for_search()
+        evaluate, _ = judge(self.run, self.supernet, self.space, data, device)
+        return {
+            digest: evaluate(self.space.select(one.architecture))
+            for digest, one in networks.items()
+        }
+
+    def _first_training(self, candidate: Candidate) -> Trained:
+        drawn = candidate.arm == "random"
+        seed = self.settings.seed + SELECTION_SEED if drawn else self.settings.seed
+        (trained,) = self.trainer.run([Job(candidate.title, candidate.architecture, seed)])
+        return trained
 
     def measured(self) -> dict[str, dict[str, float]]:
         """Digest -> latency and its standard error, all measured side by side; empty without."""

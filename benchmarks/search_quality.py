@@ -130,6 +130,7 @@ def report(bench: Bench) -> dict[str, Any]:
         "evaluations": bench.evaluations,
         "rows": rows,
         "random_trials": bench.random_trials(),
+        "ranking": bench.ranking(),
         "verdicts": [
             {
                 **asdict(one),

@@ -16,6 +16,7 @@ from _quality_report import Place, front_at, spread, table_lines, verdicts
 from _quality_training import Job, Trainer, duration, set_layer_scale, waiting_lock
 from accelerate import Accelerator
 from micro import micro_space
+from scipy.stats import kendalltau
 
 from slimnas._lock import folder_lock
 from slimnas.arch.architecture import Architecture
@@ -155,8 +156,10 @@ def test_verdicts_by_hand() -> None:
                 }
                 for one in found.values()
             ],
+            "ranking": {"networks": 5, "kendall_tau": 0.4, "spearman": 0.5},
         }
     )
+    assert lines[-1].startswith("- The supernet's order of 5 networks")
     assert sum(line.startswith("| 20 |") for line in lines) == 3
     assert any("- 20 ms: not above every baseline's front" in line for line in lines)
     assert any("- 10 ms: on or above every baseline's front" in line for line in lines)
@@ -301,6 +304,13 @@ def test_the_command_runs_and_goes_on(tmp_path: Path) -> None:
     assert len(result["rows"]) == 12
     assert len(result["random_trials"]) == 6
     assert len(result["verdicts"]) == 9
+    ranking = result["ranking"]
+    assert 6 < ranking["networks"] <= 12  # different ones, without the scaled
+    trained = {one["test_top1"] for one in result["random_trials"]}
+    assert trained <= set(ranking["trained_test_top1"])
+    tau = kendalltau(ranking["inherited_search_top1"], ranking["trained_test_top1"]).statistic
+    assert ranking["kendall_tau"] == pytest.approx(tau)
+    assert f"Kendall tau {tau:.2f}" in table
     assert all(one["predicted_ms"] <= one["target_ms"] for one in result["rows"])
     assert all(one["measured_ms"] > 0 for one in result["rows"])
     assert (folder / "search_quality_quick.png").stat().st_size > 10_000
