@@ -66,7 +66,7 @@ COMMANDS = {
     "slimnas latency show": "--json --rows DEVICE",
     "slimnas latency estimate": "--device --extrapolate --json ARCHITECTURE",
     "slimnas latency validate": (
-        "--clock --device --force --json --model --networks --output --seed --space"
+        "--clock --device --force --json --model --networks --output --seed --space --update"
     ),
     "slimnas latency merge": "--device --force --json --output SHARDS",
     "slimnas latency recompute": "--json TABLE",
