@@ -29,6 +29,11 @@ SERIES = {
 NOISE = 2.0
 """Standard errors within which two accuracies are called level."""
 
+ONE_SEED = (
+    "- One training per network: these errors count the TEST images alone, and another seed moves "
+    "a network too, which decides nothing until several are trained (--seeds)"
+)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -153,7 +158,8 @@ def table_lines(result: Mapping[str, Any]) -> list[str]:
         f"- The supernet's order of {ranking['networks']} networks beside that of their own "
         f"trainings: Kendall tau {ranking['kendall_tau']:.2f}, Spearman {ranking['spearman']:.2f}"
     )
-    return [*lines, "", *verdict_lines(result), ranked]
+    single = all(len(row["test_top1"]) == 1 for row in result["rows"])
+    return [*lines, "", *verdict_lines(result), *([ONE_SEED] if single else []), ranked]
 
 
 def verdict_lines(result: Mapping[str, Any]) -> list[str]:

@@ -160,6 +160,7 @@ def test_verdicts_by_hand() -> None:
         }
     )
     assert lines[-1].startswith("- The supernet's order of 5 networks")
+    assert not any("One training per network" in line for line in lines)
     assert sum(line.startswith("| 20 |") for line in lines) == 3
     assert any("- 20 ms: not above every baseline's front" in line for line in lines)
     assert any("- 10 ms: on or above every baseline's front" in line for line in lines)
@@ -311,6 +312,7 @@ def test_the_command_runs_and_goes_on(tmp_path: Path) -> None:
     tau = kendalltau(ranking["inherited_search_top1"], ranking["trained_test_top1"]).statistic
     assert ranking["kendall_tau"] == pytest.approx(tau)
     assert f"Kendall tau {tau:.2f}" in table
+    assert "- One training per network" in table
     assert all(one["predicted_ms"] <= one["target_ms"] for one in result["rows"])
     assert all(one["measured_ms"] > 0 for one in result["rows"])
     assert (folder / "search_quality_quick.png").stat().st_size > 10_000
