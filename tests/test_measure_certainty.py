@@ -83,6 +83,29 @@ def test_without_differences_between_loads_the_interval_is_that_of_the_medians(
     assert sum(check.covered for check in checks) >= 10
 
 
+def test_a_load_at_another_pace_counts_as_little_as_its_rounds(
+    built: tuple[LatencyTable, Plan, list[Visit]],
+) -> None:
+    """A visit in which the reference was 20 % slower, and the network not."""
+    table, plan, visits = built
+    name = next(v.entry for v in visits if v.entry.startswith("network ") and v.number == 1)
+
+    def disturbed(visit: Visit) -> Visit:
+        if visit.entry != name or visit.number != 1:
+            return visit
+        slow = (
+            replace(one, reference_ms=(1.2 * one.reference_ms[0], 1.2 * one.reference_ms[1]))
+            for one in visit.rounds
+        )
+        return replace(visit, rounds=tuple(slow))
+
+    changed = [disturbed(visit) for visit in visits]
+    networks = [*plan.calibration, *plan.held_out]
+    loads = load_latencies(networks, changed)
+    assert sorted(map(len, loads.values())) == [1] + [2] * 19
+    assert make_table(plan, changed, table.device)[0].device.interval is not None
+
+
 @pytest.mark.parametrize(
     ("rounds", "errors"),
     [(2, 244.0), (6, 5.5), (100, 3.09)],  # of Student's t with 1, 5 and 99 degrees of freedom

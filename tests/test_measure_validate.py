@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import shutil
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -342,14 +344,19 @@ def test_command_prints_every_network_and_writes_the_files(
 @pytest.mark.parametrize(("factor", "wider"), [(1.1, True), (1.0, False)])
 def test_table_states_what_a_validation_found(job: ValidateJob, factor: float, wider: bool) -> None:
     table = dearer(job.table, factor, 3.0)
-    found = run(replace(job, table=table))
-    stated = restated(table, found, "2026-01-31")
+    asked = replace(job, table=table)
+    run(asked)
+    ended = datetime(2026, 1, 31, 12).timestamp()
+    os.utime(job.output / JOURNAL_FILE, (ended, ended))
+    found = run(asked)  # read back: measured on the day it was measured
+    assert found.date == "2026-01-31"
+    stated = restated(table, found)
     assert stated.rows == table.rows
     assert stated.device.errors[:-1] == table.device.errors
     figure = stated.device.errors[-1]
     assert figure.what == f"{found.figure.what}, on 2026-01-31"
     assert figure.mape_percent == found.figure.mape_percent
-    assert restated(stated, found, "2026-01-31").device == stated.device
+    assert restated(stated, found).device == stated.device
     interval = stated.device.interval
     assert interval is not None
     if wider:
@@ -378,6 +385,8 @@ def test_command_updates_what_the_table_states(
     assert len(after.device.errors) == len(before.device.errors) + 1
     assert after.device.interval is not None
     assert f"interval is now ± {after.device.interval.high_percent:.1f} %" in updated.stdout
+    with pytest.raises(LatencyTableError, match="must be timed by the build's clock, wall, got"):
+        CliRunner().invoke(app, [*words, "--update", "--clock", "cpu"], catch_exceptions=False)
     with pytest.raises(LatencyTableError, match="--update: must validate on what the table was"):
         CliRunner().invoke(
             app, [*words, "--update", "--model", "deit_tiny"], catch_exceptions=False

@@ -55,7 +55,6 @@ def validate(
     Example: slimnas latency validate --device local --networks 40
     """
     from dataclasses import replace
-    from datetime import date
 
     from slimnas.errors import LatencyTableError
     from slimnas.latency.devices import find_device, provenance_line
@@ -74,6 +73,11 @@ def validate(
             "--model; leave that or --update out"
         )
     record = BuildRecord.load(table.source)
+    if update and clock is not None and clock.value != record.protocol.clock:
+        raise LatencyTableError(
+            f"--update: must be timed by the build's clock, {record.protocol.clock}, got --clock "
+            f"{clock.value}; leave one of both out"
+        )
     protocol = replace(record.protocol, seed=seed)
     job = ValidateJob(
         table=table,
@@ -100,7 +104,7 @@ def validate(
         raise
     files = [shown_path(path) for path in write_validation(found, table, job.output)]
     if update:
-        table = restated(table, found, date.today().isoformat())
+        table = restated(table, found)
         table.save(table.source)
         files.append(shown_path(Path(table.source) / DEVICE_FILE))
     typer.echo(provenance_line(table), err=as_json)

@@ -6,7 +6,7 @@ from slimnas.latency.table import IntervalInfo, LatencyTable
 from slimnas.measure.validate import Validation
 
 
-def restated(table: LatencyTable, found: Validation, date: str) -> LatencyTable:
+def restated(table: LatencyTable, found: Validation) -> LatencyTable:
     """Return the table with the error of a validation beside its own; prices stay as they are.
 
     Its interval becomes the wider one of the build's and of the validation's errors. A build sees
@@ -16,14 +16,13 @@ def restated(table: LatencyTable, found: Validation, date: str) -> LatencyTable:
     Args:
         table: the table that was validated.
         found: the validation, of fresh networks of the table's own scope.
-        date: of the validation, ISO.
     """
-    figure = found.figure.model_copy(update={"what": f"{found.figure.what}, on {date}"})
+    figure = found.figure.model_copy(update={"what": f"{found.figure.what}, on {found.date}"})
     rest = [one for one in table.device.errors if one.what != figure.what]
     seen = IntervalInfo.conformal(
         _errors(found),
         f"errors |measured / predicted - 1| of {figure.networks} networks in a validation on "
-        f"{date}, each session on its own",
+        f"{found.date}, each session on its own",
     )
     stated = table.device.interval
     wider = stated if stated and stated.high_percent >= seen.high_percent else seen

@@ -130,7 +130,7 @@ def timings(entries: Iterable[Entry], visits: Sequence[Visit]) -> dict[str, Timi
         rounds[visit.entry] += visit.rounds
     found = {}
     for entry in entries:
-        values = _prices_ms(entry, rounds[entry.name], usual)
+        (values,) = _prices_ms(entry, [rounds[entry.name]], usual)
         if values:
             p10, low, high, p90 = map(float, np.percentile(values, [10, 25, 75, 90]))
             found[entry.name] = Timing(median(values), high - low, p10, p90, len(values))
@@ -143,25 +143,32 @@ def load_latencies(
     """Return the latency in milliseconds of every visit to each network, by its digest.
 
     Every visit loads the network anew, into other memory: these differ by more than rounds do.
+    The rounds that count are those of `timings`.
     """
     usual = usual_pace(one for visit in visits for one in visit.rounds)
-    of_entry: defaultdict[str, list[Visit]] = defaultdict(list)
+    of_entry: defaultdict[str, list[Sequence[Round]]] = defaultdict(list)
     for visit in visits:
-        of_entry[visit.entry].append(visit)
+        of_entry[visit.entry].append(visit.rounds)
     found = {}
     for network in networks:
         entry = network_entry(network)
-        prices = (_prices_ms(entry, visit.rounds, usual) for visit in of_entry[entry.name])
+        prices = _prices_ms(entry, of_entry[entry.name], usual)
         found[network.digest] = tuple(median(values) for values in prices if values)
     return found
 
 
-def _prices_ms(entry: Entry, rounds: Iterable[Round], usual_ms: float) -> list[float]:
-    """What accepted rounds say of an entry, at the reference's usual pace."""
+def _prices_ms(
+    entry: Entry, visits: Iterable[Sequence[Round]], usual_ms: float
+) -> list[list[float]]:
+    """What the rounds of each visit to an entry say, at the reference's usual pace."""
     shares = [term.share for term in entry.terms]
-    accepted = [one for one in rounds if one.accepted]
-    steady = [one for one in accepted if abs(one.pace / usual_ms - 1) <= ANOTHER_PACE]
-    return [one.price_ms(shares) * usual_ms / one.pace for one in steady or accepted]
+    accepted = [[one for one in rounds if one.accepted] for rounds in visits]
+    steady = [
+        [one for one in rounds if abs(one.pace / usual_ms - 1) <= ANOTHER_PACE]
+        for rounds in accepted
+    ]
+    counted = steady if any(steady) else accepted
+    return [[one.price_ms(shares) * usual_ms / one.pace for one in rounds] for rounds in counted]
 
 
 def usual_pace(rounds: Iterable[Round]) -> float:

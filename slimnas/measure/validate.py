@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -70,6 +71,7 @@ class Validation:
             network, which is small, where the build timed no others.
         unscaled: the table's error on the latencies as the clock showed them.
         resumed: visits taken over from an interrupted validation.
+        date: when the last visit was made, ISO.
     """
 
     checks: tuple[Check, ...]
@@ -78,6 +80,7 @@ class Validation:
     pace: float
     unscaled: ErrorFigure
     resumed: int
+    date: str
 
     @property
     def repeat_percent(self) -> float | None:
@@ -123,6 +126,7 @@ def validate_table(
         path = job.output / JOURNAL_FILE
         if job.force:
             path.unlink(missing_ok=True)
+        ended = date.fromtimestamp(path.stat().st_mtime) if path.is_file() else date.today()
         journal = Journal(path, _header(job, runtime))
         resumed = len(journal.visits)
         anchors = [one.architecture for one in job.record.anchors]
@@ -138,7 +142,9 @@ def validate_table(
         ) as bench:
             wanted = in_passes(entries, job.protocol, journal.visits)
             bench.make(wanted, journal.visits, journal.append, progress)
-    return _validation(job, networks, journal.visits, resumed)
+    if len(journal.visits) > resumed:
+        ended = date.today()
+    return _validation(job, networks, journal.visits, resumed, ended.isoformat())
 
 
 def fresh_networks(
@@ -172,7 +178,11 @@ def fresh_networks(
 
 
 def _validation(
-    job: ValidateJob, networks: Sequence[Architecture], visits: Sequence[Visit], resumed: int
+    job: ValidateJob,
+    networks: Sequence[Architecture],
+    visits: Sequence[Visit],
+    resumed: int,
+    ended: str,
 ) -> Validation:
     now_ms = usual_pace(one for visit in visits for one in visit.rounds)
     pace = _pace(job.record, visits, now_ms)
@@ -192,6 +202,7 @@ def _validation(
         pace=pace,
         unscaled=error_figure(unscaled, "the same, as the clock showed them"),
         resumed=resumed,
+        date=ended,
     )
 
 
