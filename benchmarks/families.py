@@ -24,6 +24,7 @@ import argparse
 import copy
 import datetime
 import json
+import math
 import os
 import platform
 import random
@@ -49,6 +50,7 @@ from torch import nn
 
 import slimnas
 from slimnas._files import atomic_write_text
+from slimnas.arch.cost import cost
 from slimnas.errors import ExportError
 from slimnas.measure.machine import load_average, pinned, this_machine
 from slimnas.nn.fold import fold
@@ -347,6 +349,11 @@ def report(settings: Settings, rows: Sequence[dict[str, Any]]) -> dict[str, Any]
     }
 
 
+def gmacs(case: Case) -> float:
+    """Billions of multiply-adds of one call."""
+    return case.batch * cost(get(case.model).architecture).macs / 1e9
+
+
 def parse() -> tuple[Settings, list[Case], argparse.Namespace]:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -363,6 +370,12 @@ def parse() -> tuple[Settings, list[Case], argparse.Namespace]:
         "--budget-s", type=float, default=90.0, help="no further round of a case after so long"
     )
     parser.add_argument("--visit-ms", type=float, default=150.0, help="least time of one turn")
+    parser.add_argument(
+        "--most-gmacs",
+        type=float,
+        default=math.inf,
+        help="leave out cases whose batch takes more billions of multiply-adds than this",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
     parser.add_argument(
@@ -392,7 +405,9 @@ def parse() -> tuple[Settings, list[Case], argparse.Namespace]:
 
 def main() -> None:
     """Measure what is missing, print and keep."""
-    settings, cases, given = parse()
+    settings, asked, given = parse()
+    cases = [case for case in asked if gmacs(case) <= given.most_gmacs]
+    left_out = [str(case) for case in asked if case not in cases]
     warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # timm's, when exported
     rows = []
     for number, case in enumerate(cases, 1):
@@ -400,7 +415,7 @@ def main() -> None:
         ratio = rows[-1].get("ratio", {}).get("median")
         shown = "failed" if ratio is None else f"{ratio:.3f}"
         print(f"{number}/{len(cases)} {case}: {shown}", file=sys.stderr, flush=True)
-    result = report(settings, rows)
+    result = {**report(settings, rows), "left_out": left_out}
     suffix = "" if settings.unit == "cpu" else f"_{settings.unit}_{settings.dtype}"
     path = given.output / "results" / f"families{suffix}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -410,6 +425,8 @@ def main() -> None:
     atomic_write_text(results, before + summary(result) + "\n")
     print("\n".join(table(rows)))
     print(json.dumps(result["summaries"], indent=1))
+    if left_out:
+        print(f"left out as too large: {', '.join(left_out)}")
     if not all(row.get("equal", False) for row in rows):
         sys.exit("some outputs differ, or a case failed: see the table")
 
