@@ -207,6 +207,9 @@ def summary(result: Mapping[str, Any]) -> str:
     targets = "/".join(f"{one:g}" for one in result["targets_ms"])
     held = [line.split(":")[0][2:] for line in verdict_lines(result) if ": on or above" in line]
     quick = ", --quick" if settings["quick"] else ""
+    searched = result["data"]["of_the_search"]["train_images"]
+    if searched != result["data"]["train_images"]:
+        quick += f", searched on {searched} of the images"
     return (
         f"| {result['date']} | search_quality | {result['machine']['cpu']}, latency: "
         f"{settings['threads']} thread, {runtime['name']} {runtime['version']}; training: "
@@ -275,8 +278,12 @@ def _caption(result: Mapping[str, Any]) -> str:
     settings, data = result["settings"], result["data"]
     seeds = settings["seeds"]
     over = f"deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    searched = data["of_the_search"]["train_images"]
+    where = (
+        "" if searched == data["train_images"] else f"searched on {searched} images; trained on "
+    )
     return (
-        f"{data['train_images']} images at {data['resolution']} px, {settings['epochs']} epochs, "
-        f"{over}; {settings['random']} random networks and {result['evaluations']} evaluations; "
-        "dashed: targets"
+        f"{where}{data['train_images']} images at {data['resolution']} px, "
+        f"{settings['epochs']} epochs, {over}; {settings['random']} random networks and "
+        f"{result['evaluations']} evaluations; dashed: targets"
     )

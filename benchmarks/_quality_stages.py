@@ -95,6 +95,7 @@ class Settings:
     deploy: int | None
     resolution: int | None
     max_images: int | None
+    final_images: int | None
     search_images: int
     supernet_epochs: int
     epochs: int
@@ -214,14 +215,24 @@ class Bench:
 
     @cached_property
     def data(self) -> DataSplits:
-        """TRAIN, SEARCH and TEST."""
+        """TRAIN, SEARCH and TEST of the search, and of what chooses among random networks."""
+        return self._open_data(self.settings.max_images)
+
+    @cached_property
+    def final_data(self) -> DataSplits:
+        """Those of the trainings that give the figures."""
+        if self.settings.final_images is None:
+            return self.data
+        return self._open_data(self.settings.final_images)
+
+    def _open_data(self, max_images: int | None) -> DataSplits:
         settings = self.settings
         found = open_data(
             settings.data,
             resolution=(self.resolution, self.resolution),
             channels=self.bare_space.input.channels,
             seed=settings.seed,
-            max_images=settings.max_images,
+            max_images=max_images,
         )
         note(f"data: {found.description}")
         return found
@@ -370,10 +381,18 @@ class Bench:
         return found
 
     @cached_property
-    def trainer(self) -> Trainer:
-        """Trains every network alike."""
+    def trials(self) -> Trainer:
+        """Trains networks on the images of the search."""
+        return self._trainer(self.data)
+
+    @cached_property
+    def finals(self) -> Trainer:
+        """Trains networks for the figures; as `trials` unless other images are asked for."""
+        return self._trainer(self.final_data)
+
+    def _trainer(self, data: DataSplits) -> Trainer:
         return Trainer(
-            data=self.data,
+            data=data,
             recipe=self.settings.recipe,
             resolution=self.resolution,
             layer_scale=self.settings.layer_scale,
@@ -399,14 +418,14 @@ class Bench:
             Job(f"{one.title}, to choose", one.architecture, trial_seed, keep=False)
             for one in drawn
         ]
-        results = self.trainer.run([*trials, *(job for one in rest for job in self.jobs(one))])
+        results = self.trials.run([*trials, *(self.jobs(one)[0] for one in rest)])
         ranked = sorted(zip(drawn, results, strict=False), key=lambda pair: -pair[1].search_top1)
         best = {one.target_ms: one for one, _ in reversed(ranked)}
         finals = [*rest, *best.values()]
-        self.trainer.run([job for one in finals for job in self.jobs(one)])
         arms = list(dict.fromkeys(one.arm for one in self.candidates))
         finals.sort(key=lambda one: (-one.target_ms, arms.index(one.arm)))
-        return [(one, self.trainer.run(self.jobs(one))) for one in finals]
+        self.finals.run([job for one in reversed(finals) for job in self.jobs(one)])
+        return [(one, self.finals.run(self.jobs(one))) for one in finals]
 
     def random_trials(self) -> list[dict[str, Any]]:
         """What the choice among random networks was made from."""
@@ -452,7 +471,7 @@ class Bench:
     def _first_training(self, candidate: Candidate) -> Trained:
         drawn = candidate.arm == "random"
         seed = self.settings.seed + SELECTION_SEED if drawn else self.settings.seed
-        (trained,) = self.trainer.run([Job(candidate.title, candidate.architecture, seed)])
+        (trained,) = self.trials.run([Job(candidate.title, candidate.architecture, seed)])
         return trained
 
     def measured(self) -> dict[str, dict[str, float]]:

@@ -41,6 +41,7 @@ import torch
 from _quality_report import quality_figure, summary, table_lines, verdicts
 from _quality_stages import QUICK, Bench, Settings
 from _quality_training import duration, note, waiting_lock
+from _quality_zoo import ship
 
 import slimnas
 from slimnas._files import atomic_write_text
@@ -82,7 +83,7 @@ def rows_of(bench: Bench) -> list[dict[str, Any]]:
                 "depths": architecture.depths,
                 "mb3d": architecture.count("mb3d"),
                 "architecture": architecture.to_dict(),
-                "trained": f"trained/{bench.trainer.key(first)}",
+                "trained": f"trained/{bench.finals.key(first)}",
             }
         )
     return rows
@@ -92,9 +93,10 @@ def report(bench: Bench) -> dict[str, Any]:
     """Everything worth keeping, as plain data."""
     settings, data, device = bench.settings, bench.data, bench.table.device
     rows = rows_of(bench)
-    accelerator = bench.trainer.accelerator
+    accelerator = bench.finals.accelerator
     threads = f", {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
-    found = verdicts(rows, len(data.test))
+    final_data = bench.final_data
+    found = verdicts(rows, len(final_data.test))
     return {
         "benchmark": NAME,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -109,12 +111,17 @@ def report(bench: Bench) -> dict[str, Any]:
         "deployed_at": bench.space.input.resolution,
         "data": {
             "title": Path(settings.data).name,
-            "description": data.description,
-            "digest": data.digest,
+            "description": final_data.description,
+            "digest": final_data.digest,
+            "of_the_search": {
+                "description": data.description,
+                "digest": data.digest,
+                "train_images": len(data.train),
+            },
             "resolution": bench.resolution,
-            "train_images": len(data.train),
-            "search_images": len(data.search),
-            "test_images": len(data.test),
+            "train_images": len(final_data.train),
+            "search_images": len(final_data.search),
+            "test_images": len(final_data.test),
         },
         "table": {
             "runtime": device.runtime.model_dump(),
@@ -146,7 +153,8 @@ def report(bench: Bench) -> dict[str, Any]:
 def write(result: dict[str, Any], output: Path) -> list[str]:
     """Write figures, JSON, Markdown and the line of RESULTS.md; gives the Markdown."""
     quick = result["settings"]["quick"]
-    name = f"{NAME}_quick" if quick else NAME
+    kind = "quick" if quick else result["settings"]["final_images"]
+    name = NAME if kind is None else f"{NAME}_{kind}"
     lines = table_lines(result)
     folder = output / "results"
     atomic_write_text(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
@@ -172,6 +180,11 @@ def parse(words: Sequence[str] | None = None) -> tuple[Settings, argparse.Namesp
     add("--deploy", type=int, help="side of the images that latency is of; else the space's")
     add("--resolution", type=int, help="side of training images; else the space's")
     add("--max-images", type=int, help="of the data, and of its test split")
+    add(
+        "--final-images",
+        type=int,
+        help="as --max-images, for the trainings that give the figures; else the same images",
+    )
     add("--search-images", type=int, default=1000, help="that judge a candidate of the search")
     add("--supernet-epochs", type=int, default=30)
     add("--epochs", type=int, default=30, help="of every network's training")
@@ -191,6 +204,11 @@ def parse(words: Sequence[str] | None = None) -> tuple[Settings, argparse.Namesp
     add("--until", choices=STAGES, help="end after this stage")
     add("--cache", type=Path, default=HERE / f".{NAME}_cache")
     add("--output", type=Path, default=HERE, help="where results go")
+    add(
+        "--zoo",
+        type=Path,
+        help="write a zoo entry here for each found network that is below no baseline's front",
+    )
     given = parser.parse_args(words)
     fields = {name: getattr(given, name) for name in Settings.__dataclass_fields__}
     fields |= {name: tuple(fields[name]) for name in ("shares", "targets")}
@@ -225,8 +243,12 @@ def compare(settings: Settings, given: argparse.Namespace) -> int:
         if given.until == name:
             return 0
     with waiting_lock(given.cache):
-        lines = write(report(bench), given.output)
+        result = report(bench)
+        lines = write(result, given.output)
+        names = [] if given.zoo is None else ship(bench, result, given.zoo)
     print("\n".join(lines))
+    for name in names:
+        note(f"added {name} in {given.zoo}")
     return 0
 
 

@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 import typer
 from cli_world import slimnas
 
 import slimnas as package
 from slimnas.cli.main import app
+from slimnas.cli.seeds import HIGHEST_SEED
 
 COMMANDS = {
     "slimnas": "--debug --version",
@@ -148,6 +150,17 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     )
     assert "Usage:" in done.stdout
     assert done.stdout.splitlines()[-1] == "imported []"
+
+
+def test_no_seed_is_beyond_what_generators_take(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [name for name, options in COMMANDS.items() if "--seed" in options.split()]
+    assert len(asked) == 16
+    torch.Generator().manual_seed(HIGHEST_SEED)
+    for name in asked:
+        for seed, message in (-1, "equal to 0"), (HIGHEST_SEED + 1, f"equal to {HIGHEST_SEED}"):
+            answer = slimnas(capsys, *name.split()[1:], "--seed", str(seed))
+            assert answer.code == 2, name
+            assert message in " ".join(answer.err.replace("│", " ").split()), name
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from _quality_arms import FACTORS, random_at, scaled, shape_of, uniform_scaling
 from _quality_report import Place, front_at, spread, table_lines, verdicts
 from _quality_training import Job, Trainer, duration, set_layer_scale, waiting_lock
@@ -27,8 +28,9 @@ from slimnas.errors import SpecError, UnreachableTargetError
 from slimnas.nn.build import build
 from slimnas.train.loop import StepReport
 from slimnas.train.recipe import TrainRecipe
+from slimnas.zoo.create import create_model
 from slimnas.zoo.entry import load_entry
-from slimnas.zoo.registry import get
+from slimnas.zoo.registry import get, list_entries
 
 ROOT = Path(__file__).parents[1]
 TINY = SearchSpace.load("efficientformer_tiny")
@@ -298,7 +300,7 @@ def test_the_command_runs_and_goes_on(tmp_path: Path) -> None:
         return done.stdout
 
     assert run("--until", "supernet") == ""
-    table = run()
+    table = run("--zoo", str(tmp_path / "zoo"))
     folder = tmp_path / "results"
     result = json.loads((folder / "search_quality_quick.json").read_text())
     assert {one["arm"] for one in result["rows"]} == {"found", "uniform", "nsga2", "random"}
@@ -317,5 +319,20 @@ def test_the_command_runs_and_goes_on(tmp_path: Path) -> None:
     assert all(one["measured_ms"] > 0 for one in result["rows"])
     assert (folder / "search_quality_quick.png").stat().st_size > 10_000
     assert (folder / "search_quality_quick.svg").read_text().count("target") >= 1
+    beaten = {one["target_ms"] for one in result["verdicts"] if one["words"] == "below"}
+    entries = list_entries(tmp_path / "zoo", pattern="found_*").entries
+    shipped = [one for one in entries if one.source == "zoo"]
+    assert len(shipped) == 3 - len(beaten)
+    for entry in shipped:
+        network = create_model(entry.name, pretrained=True, zoo=tmp_path / "zoo")
+        assert {value.dtype for value in network.parameters()} == {torch.float32}
+        row = next(
+            one
+            for one in result["rows"]
+            if one["arm"] == "found" and f"{one['target_ms']:g}ms" in entry.name
+        )
+        assert network.architecture.stages == Architecture.from_dict(row["architecture"]).stages
+        assert entry.metrics["latency_ms"].value == row["measured_ms"]
+        assert abs(entry.metrics["test_top1_percent"].value - row["test_top1"][0]) < 3
     assert run() == table
     assert (tmp_path / "RESULTS.md").read_text().count("| search_quality |") == 2

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimnas.cli.output import note
+from slimnas.cli.seeds import seed_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ ResolutionOption = Annotated[
     int | None,
     typer.Option(min=1, help="Input side in pixels.", show_default="the model's own"),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+SeedOption = Annotated[int, seed_option("Seed of everything random.")]
 OutputOption = Annotated[
     Path | None, typer.Option(help="Folder of the results.", show_default="runs/analyze-...")
 ]

@@ -24,6 +24,7 @@ from slimnas.cli.analyze_training import (
 )
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
 from slimnas.cli.runs import RUNS, RunOn, no_empty_folder, says_how_to_go_on
+from slimnas.cli.seeds import seed_option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +59,7 @@ def ranking(
     batch_size: StepImagesOption = 32,
     lr: LrOption = 1e-3,
     train_on: TrainOnOption = RunOn.AUTO,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draw, and the first one.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the draw, and the first one.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="Folder; else runs/analyze-ranking-RUN.")
     ] = None,

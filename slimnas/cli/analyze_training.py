@@ -15,6 +15,7 @@ from rich.progress import TaskID
 from slimnas.cli.bars import RunProgress
 from slimnas.cli.output import note
 from slimnas.cli.runs import RunOn
+from slimnas.cli.seeds import seed_option
 
 if TYPE_CHECKING:
     from slimnas.analysis.budget import TrainingBudget
@@ -28,7 +29,7 @@ TrainDataOption = Annotated[
 StepImagesOption = Annotated[int, typer.Option(min=1, help="Images per training step.")]
 LrOption = Annotated[float, typer.Option(help="Peak learning rate.")]
 SeedsOption = Annotated[int, typer.Option(min=1, help="Trainings per network.")]
-FirstSeedOption = Annotated[int, typer.Option(min=0, help="First seed.")]
+FirstSeedOption = Annotated[int, seed_option("First seed.")]
 MaxImagesOption = Annotated[
     int | None, typer.Option(min=1, help="Use at most this many images of the data.")
 ]

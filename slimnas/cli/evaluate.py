@@ -11,6 +11,7 @@ import typer
 from slimnas.cli.evaluate_inputs import AUTO, NONE, Asked
 from slimnas.cli.output import JsonOption, print_json, shown_path
 from slimnas.cli.runs import RunOn, no_empty_folder, require_writable
+from slimnas.cli.seeds import seed_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,7 +102,7 @@ def evaluate(
         RunOn, typer.Option("--device", "--train-on", help="Where the network runs.")
     ] = RunOn.AUTO,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the held-out images.", show_default="the run's")
+        int | None, seed_option("Of the held-out images.", show_default="the run's")
     ] = None,
     fail_on_disagreement: Annotated[
         bool,

@@ -10,6 +10,7 @@ import typer
 
 from slimnas.cli.latency_options import Clock, chosen_scope, progress_bar
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
+from slimnas.cli.seeds import seed_option
 
 if TYPE_CHECKING:
     from slimnas.measure.build import BuiltShard, BuiltTable
@@ -88,7 +89,7 @@ def build(
     clock: Annotated[
         Clock, typer.Option(help="cpu: for one thread on a machine that is never idle.")
     ] = Clock.WALL,
-    seed: Annotated[int, typer.Option(help="Seed of orders and of the random networks.")] = 0,
+    seed: Annotated[int, seed_option("Seed of orders and of the random networks.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a finished table.")] = False,
     as_json: JsonOption = False,
 ) -> None:

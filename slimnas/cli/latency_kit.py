@@ -10,6 +10,7 @@ import typer
 
 from slimnas.cli.latency_options import chosen_scope, progress_bar
 from slimnas.cli.output import JsonOption, print_json, shown_path
+from slimnas.cli.seeds import seed_option
 
 
 class Format(str, Enum):
@@ -49,7 +50,7 @@ def kit(
         bool,
         typer.Option("--own-weights", help="Weights inside every ONNX file, for upload services."),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of orders and of the random networks.")] = 0,
+    seed: Annotated[int, seed_option("Seed of orders and of the random networks.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write a kit that times a table's networks on a device elsewhere.

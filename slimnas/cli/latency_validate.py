@@ -9,6 +9,7 @@ import typer
 
 from slimnas.cli.latency_options import Clock, chosen_scope, progress_bar
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
+from slimnas.cli.seeds import seed_option
 
 if TYPE_CHECKING:
     from slimnas.measure.validate import Validation
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def validate(
     device: Annotated[str, typer.Option(help="Name of this machine's table, or its folder.")],
     networks: Annotated[int, typer.Option(min=2, help="Random networks to measure.")] = 40,
-    seed: Annotated[int, typer.Option(help="Seed of the random networks.")] = 1,
+    seed: Annotated[int, seed_option("Seed of the random networks.")] = 1,
     space: Annotated[
         str | None,
         typer.Option(

@@ -14,6 +14,7 @@ from slimnas.cli.output import JsonOption, note, print_json, shown_path
 from slimnas.cli.prune_inputs import Asked, check_before, open_inputs
 from slimnas.cli.prune_rules import rules
 from slimnas.cli.runs import RUNS, RunOn, no_empty_folder, plain_name, says_how_to_go_on
+from slimnas.cli.seeds import seed_option
 
 if TYPE_CHECKING:
     from slimnas.report.pruning import ReportKind
@@ -162,7 +163,7 @@ def prune(
         typer.Option(help="cpu: for machines never idle, one thread.", show_default="wall"),
     ] = None,
     prune_on: Annotated[RunOn, typer.Option(help="Where networks run.")] = RunOn.AUTO,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: Annotated[int, seed_option("Seed of everything random.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Remove what matters least of a trained network, to budgets of MACs, parameters or time.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimnas.cli.output import JsonOption, print_json, shown_path
+from slimnas.cli.seeds import seed_option
 
 if TYPE_CHECKING:
     from slimnas.arch.architecture import Architecture
@@ -55,7 +56,7 @@ def rules(
     output: Annotated[
         Path | None, typer.Option(help="Architecture file to write, such as architecture.yaml.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the test for dependence on depth.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the test for dependence on depth.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Turn channel ratios into a compact width rule, with the evidence for each width.

@@ -15,6 +15,7 @@ from slimnas.cli.output import JsonOption, note, print_json, shown_path
 from slimnas.cli.processes import is_main_process
 from slimnas.cli.runs import RUNS, RunOn, no_empty_folder, says_how_to_go_on
 from slimnas.cli.search_record import inputs_from_record, refuse_unused, run_record
+from slimnas.cli.seeds import seed_option
 
 if TYPE_CHECKING:
     from slimnas.arch.space import SearchSpace
@@ -148,7 +149,7 @@ def search(
         bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be decoded.")
     ] = False,
     train_on: Annotated[RunOn, typer.Option(help="Where the supernet trains.")] = RunOn.AUTO,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: Annotated[int, seed_option("Seed of everything random.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Find networks that meet a target latency on a device.

@@ -12,6 +12,7 @@ import typer
 from slimnas.cli.output import JsonOption
 from slimnas.cli.processes import one_voice
 from slimnas.cli.runs import RUNS, RunOn, plain_name
+from slimnas.cli.seeds import seed_option
 from slimnas.cli.train_inputs import Asked, find_inputs
 from slimnas.cli.train_run import run_or_report
 
@@ -104,7 +105,7 @@ def train(
             show_default="auto: tensorboard if installed",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    seed: Annotated[int, seed_option("Seed of everything random.")] = 0,
     output: Annotated[
         Path | None, typer.Option(help="Run folder.", show_default="runs/train-MODEL-DATA")
     ] = None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slimnas.cli.output import JsonOption, note, print_json, shown_path
+from slimnas.cli.seeds import seed_option
 
 if TYPE_CHECKING:
     from slimnas.zoo.entry import Entry
@@ -119,7 +120,7 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="coreml: fp16 (default) or fp32; the others are fp32.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the image it is checked on.")] = 0,
+    seed: Annotated[int, seed_option("Seed of the image it is checked on.")] = 0,
     zoo: ZooOption = None,
     as_json: JsonOption = False,
 ) -> None:

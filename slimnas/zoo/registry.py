@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from slimnas.zoo.metrics import parse_metrics
 from slimnas.zoo.weights import load_weights
 
 MODELS = Path(__file__).resolve().parent / "models"
+"""Published architectures, a file each; their weights are on a hub."""
+TRAINED = Path(__file__).resolve().parent / "trained"
+"""Networks that slimnas found and trained, an entry with weights each."""
 ZOO_VARIABLE = "SLIMNAS_ZOO"
 DEFAULT_ZOO = "model_zoo"
 
@@ -37,8 +40,8 @@ def zoo_folder(zoo: str | Path | None = None) -> Path:
 
 
 def builtin_names() -> list[str]:
-    """Names of the architectures that ship with slimnas."""
-    return sorted(path.stem for path in MODELS.glob("*.yaml"))
+    """Names of the models that ship with slimnas."""
+    return sorted([*(path.stem for path in MODELS.glob("*.yaml")), *_entry_names(TRAINED)])
 
 
 def family_of(name: str) -> str:
@@ -59,7 +62,7 @@ def list_entries(
     Raises:
         ZooError: no model of that family.
     """
-    builtin, users = builtin_names(), _user_names(zoo_folder(zoo))
+    builtin, users = builtin_names(), _entry_names(zoo_folder(zoo))
     families = sorted({family_of(name) for name in (*builtin, *users)})
     if family is not None and family not in families:
         raise ZooError(
@@ -91,7 +94,7 @@ def get(name_or_path: str | Path, *, zoo: str | Path | None = None) -> Entry:
         SpecError: a damaged architecture.
     """
     name, path = str(name_or_path), Path(name_or_path)
-    users = _user_names(zoo_folder(zoo))
+    users = _entry_names(zoo_folder(zoo))
     if name in users:
         return load_entry(zoo_folder(zoo) / name, source="zoo")
     if name in builtin_names():
@@ -136,11 +139,14 @@ def add(folder: str | Path, *, name: str | None = None, zoo: str | Path | None =
     )
 
 
-def _user_names(zoo: Path) -> list[str]:
+def _entry_names(zoo: Path) -> list[str]:
     return sorted(path.parent.name for path in zoo.glob(f"[!.]*/{ARCHITECTURE}"))
 
 
 def _builtin(name: str) -> Entry:
+    if (TRAINED / name).is_dir():
+        # without its folder, which is no place for a user's exports
+        return replace(load_entry(TRAINED / name), source="built-in", folder=None)
     path = MODELS / f"{name}.yaml"
     architecture = Architecture.load(path)
     metrics = parse_metrics(architecture.provenance.get("metrics", {}), source=str(path))
