@@ -33,7 +33,7 @@ from slimnas.prune.finetune import evaluate, train_on_labels
 from slimnas.train.loop import StepReport
 from slimnas.train.recipe import TrainRecipe
 from slimnas.zoo.entry import save_model
-from slimnas.zoo.metrics import Metric
+from slimnas.zoo.metrics import TEST_TOP1, Metric
 
 NOTE_S, POLL_S = 20.0, 2.0
 CALIBRATION_BATCH, CALIBRATION_BATCHES = 100, 10
@@ -242,7 +242,7 @@ class Trainer:
             f"{len(self.data.train)} images at {self.resolution} px, seed {job.seed}"
         )
         metrics = {
-            "test_top1_percent": Metric(
+            TEST_TOP1: Metric(
                 result.test_top1,
                 f"{self.data.description}: {len(self.data.test)} TEST images; {how}",
             ),

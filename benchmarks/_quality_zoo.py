@@ -15,7 +15,7 @@ from slimnas.latency.target import latency_label
 from slimnas.nn.build import build
 from slimnas.prune.finetune import evaluate
 from slimnas.zoo.entry import load_entry, save_entry
-from slimnas.zoo.metrics import Metric
+from slimnas.zoo.metrics import TEST_TOP1, Metric
 from slimnas.zoo.preprocessing import KEY, TRAINED_AT, preprocessing
 from slimnas.zoo.weights import load_weights
 
@@ -86,7 +86,7 @@ def _metrics(result: Mapping[str, Any], row: Mapping[str, Any], top1: float) -> 
         f"images of {data['title']} at {data['resolution']} px"
     )
     metrics = {
-        "test_top1_percent": Metric(
+        TEST_TOP1: Metric(
             top1,
             f"measured on the {data['test_images']} TEST images of {data['title']} with these "
             f"weights (half precision), {how}, seed {settings['seed']}",

@@ -53,7 +53,7 @@ from slimnas.train.devices import accelerator_for
 from slimnas.train.loop import StepReport
 from slimnas.train.recipe import TrainRecipe
 from slimnas.zoo.entry import ARCHITECTURE, load_entry, save_model
-from slimnas.zoo.metrics import Metric
+from slimnas.zoo.metrics import TEST_TOP1, Metric
 from slimnas.zoo.registry import get
 
 HERE = Path(__file__).resolve().parent
@@ -69,7 +69,6 @@ ARMS = {
 }
 ALWAYS = ("--correction", "least_squares", "--report", "channel_ratios", "--report", "importance")
 STATE, CLOCK = "training.safetensors", "clock.json"
-TOP1 = "test_top1_percent"
 SHOWN: tuple[RatioKind, ...] = ("q", "v", "ffn")  # keys go with queries
 STEPS_BETWEEN_NOTES = 50
 
@@ -187,7 +186,7 @@ def _train(
         folder,
         architecture=architecture.renamed(NAME, origin),
         weights=network.state_dict(),
-        metrics={TOP1: Metric(top1, measured)},
+        metrics={TEST_TOP1: Metric(top1, measured)},
     )
     for name in (STATE, CLOCK):
         (folder / name).unlink(missing_ok=True)
@@ -298,7 +297,7 @@ def main() -> int:
         "load_average": load_average(),
         "architecture": scaled_down(stored.architecture.head.classes).to_dict(),
         "training": {key: made[key] for key in ("data", "recipe", "seed", "training")},
-        "top1_percent": stored.metrics[TOP1].value,
+        "top1_percent": stored.metrics[TEST_TOP1].value,
         "arms": results,
     }
     arguments.results.parent.mkdir(parents=True, exist_ok=True)

@@ -24,14 +24,14 @@ from slimnas.prune.calibration import Batches, DataRequest, open_calibration
 from slimnas.prune.compose import compose
 from slimnas.prune.config import FILE, BudgetSpec, PruneConfig
 from slimnas.prune.finetune import evaluate
-from slimnas.prune.found import MACS, MEASURED_MACS, PARAMS, TOP1, measured_macs
+from slimnas.prune.found import MACS, MEASURED_MACS, PARAMS, measured_macs
 from slimnas.prune.run import BEFORE
 from slimnas.prune.scored import SCORES, STATE, load_scored
 from slimnas.prune.scores import Scores
 from slimnas.prune.widths import WidthPlan
 from slimnas.train import loop
 from slimnas.zoo.create import create_model
-from slimnas.zoo.metrics import load_metrics
+from slimnas.zoo.metrics import TEST_TOP1, load_metrics
 from slimnas.zoo.registry import builtin_names, get
 
 MODEL = {"architecture.yaml", "weights.safetensors", "metrics.json", "plan.json"}
@@ -69,13 +69,13 @@ def test_found_networks_keep_their_budget_and_load_without_the_pruner(tmp_path: 
         assert found.budget.limit * 0.97 < counted.macs <= found.budget.limit
         assert found.value(MACS) == counted.macs == found.value(MEASURED_MACS)
         assert found.value(PARAMS) == counted.params == sum(p.numel() for p in loaded.parameters())
-        assert found.value(TOP1) == evaluate(loaded, images.test, "cpu")
+        assert found.value(TEST_TOP1) == evaluate(loaded, images.test, "cpu")
         assert all(metric.provenance for metric in found.metrics.values())
         preprocessing = loaded.architecture.provenance["preprocessing"]
         assert tuple(preprocessing["mean"]) == images.images.mean
         assert found.plan.architecture(ARCHITECTURE) == loaded.architecture
     unpruned = evaluate(network(), images.test, "cpu")
-    assert result.before[TOP1].value == unpruned
+    assert result.before[TEST_TOP1].value == unpruned
 
 
 def test_it_is_what_its_steps_by_hand_give(tmp_path: Path) -> None:
@@ -323,7 +323,9 @@ def test_damaged_files_are_refused(file: str, tmp_path: Path) -> None:
 def test_files_without_a_figure_are_refused(file: str, remove: str, tmp_path: Path) -> None:
     prune(tmp_path, HALF)
     (tmp_path / file).write_text('{"macs": {"value": 1, "provenance": "nobody"}}')
-    with pytest.raises(ZooError, match=rf"{file}: params, .*{TOP1}: missing; remove .*{remove} to"):
+    with pytest.raises(
+        ZooError, match=rf"{file}: params, .*{TEST_TOP1}: missing; remove .*{remove} to"
+    ):
         prune(tmp_path, HALF)
 
 

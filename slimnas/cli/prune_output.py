@@ -195,9 +195,9 @@ def _measured(result: PruneResult, architecture: Architecture) -> dict[str, Any]
 
 
 def _accuracy(result: PruneResult, value: float) -> dict[str, float | None]:
-    from slimnas.prune.found import TOP1
+    from slimnas.zoo.metrics import TEST_TOP1
 
-    is_top1 = result.accuracy_name == TOP1
+    is_top1 = result.accuracy_name == TEST_TOP1
     return {"top1": value if is_top1 else None, "agreement": None if is_top1 else value}
 
 

@@ -169,12 +169,12 @@ def _export_path(entry: Entry, file_format: Format) -> Path:
 def _summary(entry: Entry) -> dict[str, Any]:
     from slimnas.arch.cost import cost
     from slimnas.zoo.create import published_weights
-    from slimnas.zoo.metrics import TOP1, speeds
+    from slimnas.zoo.metrics import TEST_TOP1, TOP1, speeds
     from slimnas.zoo.registry import family_of
 
     counted = cost(entry.architecture)
     on_hub = "repository" in (published_weights(entry) or {})
-    top1 = entry.metrics.get(TOP1)
+    top1 = entry.metrics.get(TOP1) or entry.metrics.get(TEST_TOP1)
     speed = next(iter(speeds(entry.metrics)), None)
     return {
         "name": entry.name,

@@ -24,12 +24,12 @@ from slimnas.prune.pretrained import Start
 from slimnas.prune.select import Selected
 from slimnas.prune.widths import WidthPlan
 from slimnas.zoo.entry import ARCHITECTURE, METRICS, load_entry, save_model
-from slimnas.zoo.metrics import Metric, Metrics, load_metrics
+from slimnas.zoo.metrics import TEST_TOP1, Metric, Metrics, load_metrics
 from slimnas.zoo.preprocessing import KEY, preprocessing
 
 PLAN = "plan.json"
 PARAMS, MACS, MEASURED_MACS = "params", "macs", "measured_macs"
-TOP1, AGREEMENT = "test_top1_percent", "test_agreement_percent"
+AGREEMENT = "test_agreement_percent"
 CUT, CORRECTED = "cut_percent", "corrected_percent"
 """Accuracy before what was done next: correction or training."""
 REMOVED, GAP = "removed_importance", "greedy_gap"
@@ -80,8 +80,8 @@ class Origin:
 
     @property
     def accuracy_name(self) -> str:
-        """`TOP1`, or `AGREEMENT` where labels are the model's own predictions."""
-        return TOP1 if self.calibration.test_labels == "data" else AGREEMENT
+        """`TEST_TOP1`, or `AGREEMENT` where labels are the model's own predictions."""
+        return TEST_TOP1 if self.calibration.test_labels == "data" else AGREEMENT
 
     def accuracy(self, value: float, what: str) -> Metric:
         """A measured share of right answers."""

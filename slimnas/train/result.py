@@ -25,13 +25,12 @@ from slimnas.train.config import TrainConfig
 from slimnas.train.history import FILE as HISTORY
 from slimnas.train.history import Row, read_history
 from slimnas.zoo.entry import ARCHITECTURE, WEIGHTS, save_model
-from slimnas.zoo.metrics import Metric, Metrics
+from slimnas.zoo.metrics import TEST_TOP1, Metric, Metrics
 from slimnas.zoo.preprocessing import KEY, preprocessing
 
 SCHEMA = "slimnas/train-result/1"
 FILE = "result.json"
 BEST = "best.safetensors"
-ACCURACY = "test_top1_percent"
 
 
 @dataclass(frozen=True)
@@ -206,4 +205,4 @@ def _metrics(
         f"weights after {config.recipe.epochs} epochs (recipe {config.recipe_name}, seed "
         f"{config.seed}), not picked on TEST"
     )
-    return {ACCURACY: Metric(top1, said), **metrics}
+    return {TEST_TOP1: Metric(top1, said), **metrics}

@@ -1,7 +1,8 @@
 """Numbers about a model, each with where it comes from.
 
 Names say what they are. Accuracies published for ImageNet-1k, in percent: `imagenet_top1` is the
-paper's, `imagenet_top1_of_weights` what the downloadable weights reach. Published speeds:
+paper's, `imagenet_top1_of_weights` what the downloadable weights reach. `test_top1_percent` was
+measured by slimnas on the TEST images that the provenance names. Published speeds:
 `DEVICE_latency_ms` for one image and `DEVICE_images_per_s` for a throughput, such as
 `iphone12_latency_ms` and `v100_images_per_s`; runtime, number format and batch size belong in the
 provenance.
@@ -21,6 +22,7 @@ from slimnas._files import atomic_write_text, read_text
 from slimnas.errors import ZooError
 
 TOP1 = "imagenet_top1"
+TEST_TOP1 = "test_top1_percent"
 _SPEED = re.compile(r"(?:(?P<device>.+)_)?(?P<unit>latency_ms|images_per_s)")
 _UNITS = {"latency_ms": "ms", "images_per_s": "images/s"}
 
