@@ -39,7 +39,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from _quality_report import quality_figure, summary, table_lines, verdicts
-from _quality_stages import QUICK, Bench, Settings
+from _quality_settings import QUICK, Settings
+from _quality_stages import Bench
 from _quality_training import duration, note, waiting_lock
 from _quality_zoo import ship
 
