@@ -280,10 +280,10 @@ def _caption(result: Mapping[str, Any]) -> str:
     over = f"deviation over {seeds} seeds" if seeds > 1 else "one seed"
     searched = data["of_the_search"]["train_images"]
     where = (
-        "" if searched == data["train_images"] else f"searched on {searched} images; trained on "
+        "" if searched == data["train_images"] else f"searched on {searched} images, trained on "
     )
     return (
-        f"{where}{data['train_images']} images at {data['resolution']} px, "
-        f"{settings['epochs']} epochs, {over}; {settings['random']} random networks and "
-        f"{result['evaluations']} evaluations; dashed: targets"
+        f"{where}{data['train_images']} at {data['resolution']} px, {settings['epochs']} epochs, "
+        f"{over}\n{settings['random']} random networks, {result['evaluations']} evaluations; "
+        "dashed: targets"
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from _quality_report import OURS, TITLES
+from _quality_report import OURS, TITLES, Place, place_of
 from _quality_stages import Bench
 from torch import Tensor
 
@@ -29,10 +29,24 @@ def entry_name(space: str, data: str, target_ms: float) -> str:
 
 
 def undefeated(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Rows of found networks that are below no baseline's front by more than noise."""
+    """Rows of found networks that are worth keeping.
+
+    Below no baseline's front by more than noise, and no other found network is as good and faster.
+    """
     beaten = {one["target_ms"] for one in result["verdicts"] if one["words"] == "below"}
-    rows: Sequence[Mapping[str, Any]] = result["rows"]
-    return [row for row in rows if row["arm"] == OURS and row["target_ms"] not in beaten]
+    images = result["data"]["test_images"]
+    found = [row for row in result["rows"] if row["arm"] == OURS]
+    places = {row["target_ms"]: place_of(row, images) for row in found}
+
+    def dominated(place: Place) -> bool:
+        others = (one for one in places.values() if one != place)
+        return any(o.latency_ms <= place.latency_ms and o.top1 >= place.top1 for o in others)
+
+    return [
+        row
+        for row in found
+        if row["target_ms"] not in beaten and not dominated(places[row["target_ms"]])
+    ]
 
 
 def ship(bench: Bench, result: Mapping[str, Any], zoo: Path) -> list[str]:

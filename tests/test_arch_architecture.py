@@ -41,6 +41,7 @@ def test_everything_that_ships_loads() -> None:
         "litv2": 3,
         "efficientvit": 6,
         "efficientformerv2": 4,
+        "found": 2,
     }
     assert [get(name).architecture.name for name in builtin_names()] == builtin_names()
     assert shipped_spaces() == (

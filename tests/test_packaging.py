@@ -23,6 +23,7 @@ DATA = {
 }
 INSIDE = {
     "slimnas/zoo/models": "*.yaml",
+    "slimnas/zoo/trained": "*/*",
     "slimnas/report": "*.html.j2",
     "slimnas/prune": "*.yaml",
     "slimnas/train/recipes": "*.yaml",
@@ -112,7 +113,12 @@ def on_disk() -> dict[str, list[str]]:
     return {
         "spaces": sorted(path.stem for path in (ROOT / "search_spaces").glob("*.yaml")),
         "devices": sorted(path.parent.name for path in ROOT.glob("lookup_tables/*/device.yaml")),
-        "entries": sorted(path.stem for path in (ROOT / "slimnas/zoo/models").glob("*.yaml")),
+        "entries": sorted(
+            [
+                *(path.stem for path in (ROOT / "slimnas/zoo/models").glob("*.yaml")),
+                *(path.name for path in (ROOT / "slimnas/zoo/trained").iterdir()),
+            ]
+        ),
     }
 
 

@@ -259,9 +259,11 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_folder() == tmp_path / ".cache" / "slimnas"
 
 
-def test_every_built_in_model_has_a_small_form() -> None:
+def test_every_model_without_weights_has_a_small_form() -> None:
     looked_at = 0
     for name in builtin_names():
+        if get(name).weights is not None:
+            continue
         whole = get(name).architecture
         small = proxy_architecture(whole, 10)
         assert small.head.classes == 10

@@ -15,6 +15,7 @@ import torch
 from _quality_arms import FACTORS, random_at, scaled, shape_of, uniform_scaling
 from _quality_report import Place, front_at, spread, table_lines, verdicts
 from _quality_training import Job, Trainer, duration, set_layer_scale, waiting_lock
+from _quality_zoo import undefeated
 from accelerate import Accelerator
 from micro import micro_space
 from scipy.stats import kendalltau
@@ -283,6 +284,34 @@ def test_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert len(waited) == 2
 
 
+def made_up_result(*found: tuple[float, float, float], below: float = 0.0) -> dict[str, object]:
+    """Found networks as (target, latency, top-1); the one for `below` lost to a baseline."""
+    rows = [
+        {"arm": "found", "target_ms": target, "measured_ms": ms, "test_top1": [top1]}
+        for target, ms, top1 in found
+    ]
+    rows.append({"arm": "uniform", "target_ms": 1.0, "measured_ms": 0.1, "test_top1": [99.0]})
+    lost = [{"target_ms": t, "words": "below" if t == below else "level"} for t, _, _ in found]
+    return {"rows": rows, "verdicts": lost, "data": {"test_images": 100}}
+
+
+@pytest.mark.parametrize(
+    ("found", "below", "kept"),
+    [
+        (((3.0, 2.9, 80.0), (2.0, 1.9, 70.0)), 0.0, [3.0, 2.0]),
+        (((3.0, 2.9, 80.0), (2.0, 1.9, 70.0)), 2.0, [3.0]),
+        (((3.0, 2.9, 80.0), (2.0, 1.9, 81.0)), 0.0, [2.0]),  # slower and worse than its sibling
+        (((3.0, 2.9, 80.0), (2.0, 1.9, 80.0)), 0.0, [2.0]),
+        (((3.0, 2.9, 80.0),), 3.0, []),
+    ],
+)
+def test_what_is_worth_a_place_in_the_zoo(
+    found: tuple[tuple[float, float, float], ...], below: float, kept: list[float]
+) -> None:
+    rows = undefeated(made_up_result(*found, below=below))
+    assert [row["target_ms"] for row in rows] == kept
+
+
 @pytest.mark.slow
 def test_the_command_runs_and_goes_on(tmp_path: Path) -> None:
     words = ["--quick", "--clock", "cpu", "--cache", str(tmp_path / "cache")]
@@ -322,7 +351,9 @@ def test_the_command_runs_and_goes_on(tmp_path: Path) -> None:
     beaten = {one["target_ms"] for one in result["verdicts"] if one["words"] == "below"}
     entries = list_entries(tmp_path / "zoo", pattern="found_*").entries
     shipped = [one for one in entries if one.source == "zoo"]
-    assert len(shipped) == 3 - len(beaten)
+    names = {f"found_quick_digits_{row['target_ms']:g}ms" for row in undefeated(result)}
+    assert {one.name for one in shipped} == names
+    assert len(names) <= 3 - len(beaten)
     for entry in shipped:
         network = create_model(entry.name, pretrained=True, zoo=tmp_path / "zoo")
         assert {value.dtype for value in network.parameters()} == {torch.float32}

@@ -203,7 +203,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if number is None:
             return "-"
         mark = notes.setdefault(number["provenance"], len(notes) + 1)
-        return f"{number['value']:,g}{unit} [{mark}]"
+        value = number["value"]
+        shown = f"{value:.4g}" if value < 10 else f"{value:,g}"  # no digits that mean nothing
+        return f"{shown}{unit} [{mark}]"
 
     cells = [("name", "params", "MACs", "top-1", "latency or throughput", "source")]
     for row in rows:
