@@ -173,7 +173,7 @@ def test_a_bare_checkout_finds_its_data(checkout: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_wheel_holds_what_the_checkout_holds(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    data = [n for n in names if "/_data/" in n or re.search(r"\.(yaml|j2|typed)$", n)]
+    data = [n for n in names if re.search(r"/_data/|/trained/|\.(yaml|j2|typed)$", n)]
     assert sorted(data) == shipped(ROOT)
     assert len(data) > 12
     code = {name for name in names if name.endswith(".py") and name not in data}
