@@ -13,11 +13,13 @@ import torch
 from slimnas.arch.cost import cost
 from slimnas.arch.space import SearchSpace
 from slimnas.nn.tensorfiles import load_tensors
+from slimnas.prune.pretrained import open_start
 from slimnas.zoo.create import create_model
 from slimnas.zoo.export import export_network
 from slimnas.zoo.metrics import TEST_TOP1
 from slimnas.zoo.preprocessing import normalisation_of
 from slimnas.zoo.registry import TRAINED, builtin_names, get, list_entries
+from slimnas.zoo.weights import load_weights, save_weights
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.name for path in TRAINED.iterdir())
@@ -70,6 +72,33 @@ def test_they_are_of_their_space(name: str) -> None:
     architecture = get(name).architecture
     found = space.architecture(space.select(architecture))
     assert found.stages == architecture.stages
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_starts_from_their_weights(name: str) -> None:
+    start = open_start(name, "auto")
+    assert start.source == "the weights that ship with slimnas"
+    assert start.normalisation == normalisation_of(get(name).architecture)
+    state = start.network.state_dict()
+    wanted = create_model(name, pretrained=True).state_dict()
+    assert list(state) == list(wanted)
+    assert all(torch.equal(state[key], value) for key, value in wanted.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_come_in_single_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    network = create_model(NAMES[0])
+    architecture = network.architecture
+    state = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in network.state_dict().items()
+    }
+    save_weights(tmp_path / "weights.safetensors", state, architecture)
+    loaded = load_weights(tmp_path / "weights.safetensors", architecture)
+    assert state.keys() == loaded.keys()
+    for key, value in loaded.items():
+        assert value.dtype in (torch.float32, torch.int64)
+        assert torch.equal(value, state[key].to(value.dtype))
 
 
 @pytest.mark.parametrize("name", NAMES)

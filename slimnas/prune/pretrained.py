@@ -209,9 +209,9 @@ def _find(entry: Entry) -> Path:
 
 
 def _described(entry: Entry, path: Path) -> str:
-    if entry.source == "built-in":
+    if entry.weights is None:
         return f"{entry.architecture.provenance['weights']['repository']} from the hub"
-    return str(path)
+    return "the weights that ship with slimnas" if entry.source == "built-in" else str(path)
 
 
 def _writable(folder: Path, spare: Path) -> Path:

@@ -100,10 +100,7 @@ def create_model(
 def _load(network: Network, entry: Entry, path: Path) -> None:
     """Load the entry's weights into `network`, which may have other classes or another input."""
     source, target = entry.architecture, network.architecture
-    state = {
-        name: value.float() if value.is_floating_point() else value  # halves are for the disk
-        for name, value in load_weights(path, source).items()
-    }
+    state = load_weights(path, source)
     state = adapt_state_dict(
         state, source=source, target=source.with_resolution(target.input.resolution)
     )

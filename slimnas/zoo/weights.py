@@ -21,6 +21,7 @@ from slimnas.zoo.state import check_state
 
 SCHEMA = "slimnas/weights/1"
 _PICKLED = {".pt", ".pth", ".bin"}
+_HALVES = (torch.float16, torch.bfloat16)
 _WRAPPERS = ("model", "state_dict")
 _LEAKS = (
     *(OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError),
@@ -47,7 +48,8 @@ def load_weights(path: str | Path, architecture: Architecture) -> dict[str, Tens
     See `slimnas.zoo.convert`.
 
     Returns:
-        Tensors on the CPU under the names of `build(architecture).state_dict()`.
+        Tensors on the CPU under the names of `build(architecture).state_dict()`; what is stored in
+        half precision comes in single precision.
 
     Raises:
         WeightsError: the file is missing, damaged, or holds the weights of something else.
@@ -61,7 +63,10 @@ def load_weights(path: str | Path, architecture: Architecture) -> dict[str, Tens
             f"{architecture.name} (digest {architecture.digest[:12]}); use the architecture.yaml "
             "that lies beside it"
         )
-    return convert_state_dict(state, architecture, source=str(path))
+    whole = {
+        name: value.float() if value.dtype in _HALVES else value for name, value in state.items()
+    }
+    return convert_state_dict(whole, architecture, source=str(path))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
