@@ -22,7 +22,8 @@ from slimnas.zoo.registry import builtin_names, family_of, get
 FAMILIES = tuple(SMALL_MODELS)
 SIZES = ((48, 32), (64, 96), (80, 80), (16, 48))
 STRIDES = {"efficientvit": (16, 32, 64)}
-STRIDES |= dict.fromkeys(("efficientformer", "efficientformerv2", "litv2", "swin"), (4, 8, 16, 32))
+FOUR_STAGES = ("efficientformer", "efficientformerv2", "litv2", "swin", "found")
+STRIDES |= dict.fromkeys(FOUR_STAGES, (4, 8, 16, 32))
 
 
 def backbone(family: str) -> DynamicFeatureNetwork:
