@@ -206,16 +206,16 @@ def summary(result: Mapping[str, Any]) -> str:
     }
     targets = "/".join(f"{one:g}" for one in result["targets_ms"])
     held = [line.split(":")[0][2:] for line in verdict_lines(result) if ": on or above" in line]
-    quick = ", --quick" if settings["quick"] else ""
+    more = ", --quick" if settings["quick"] else ""
     searched = result["data"]["of_the_search"]["train_images"]
     if searched != result["data"]["train_images"]:
-        quick += f", searched on {searched} of the images"
+        more += f", searched on {searched} of the images"
     return (
         f"| {result['date']} | search_quality | {result['machine']['cpu']}, latency: "
         f"{settings['threads']} thread, {runtime['name']} {runtime['version']}; training: "
         f"{result['trained_on']} | {settings['space']}, {result['data']['description']}, "
         f"{result['data']['resolution']} px, {settings['epochs']} epochs, seeds "
-        f"{settings['seeds']}{quick} | TEST top-1 % at {targets} ms: "
+        f"{settings['seeds']}{more} | TEST top-1 % at {targets} ms: "
         + ", ".join(f"{TITLES[arm]} {values}" for arm, values in by_arm.items())
         + f"; on or above every baseline's front at: {', '.join(held) or 'none'} |"
     )
@@ -279,11 +279,11 @@ def _caption(result: Mapping[str, Any]) -> str:
     seeds = settings["seeds"]
     over = f"deviation over {seeds} seeds" if seeds > 1 else "one seed"
     searched = data["of_the_search"]["train_images"]
-    where = (
-        "" if searched == data["train_images"] else f"searched on {searched} images, trained on "
-    )
+    images = f"{data['train_images']} images"
+    if searched != data["train_images"]:
+        images = f"searched on {searched} images, trained on {data['train_images']}"
     return (
-        f"{where}{data['train_images']} at {data['resolution']} px, {settings['epochs']} epochs, "
+        f"{images} at {data['resolution']} px, {settings['epochs']} epochs, "
         f"{over}\n{settings['random']} random networks, {result['evaluations']} evaluations; "
         "dashed: targets"
     )

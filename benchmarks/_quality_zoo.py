@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from _quality_report import OURS, TITLES, Place, place_of
 from _quality_stages import Bench
+from _quality_training import note
 from torch import Tensor
 
 from slimnas.latency.target import latency_label
@@ -52,25 +53,26 @@ def undefeated(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def ship(bench: Bench, result: Mapping[str, Any], zoo: Path) -> list[str]:
     """Write an entry for each of the `undefeated`, with the weights of the first training.
 
-    Weights are stored in half precision; the accuracy is that of the stored ones.
+    Weights are stored in half precision; the accuracy is that of the stored ones. An entry that is
+    there already is left as it is, so that a run that was stopped goes on.
 
     Returns:
-        The names of the entries.
-
-    Raises:
-        ZooError: an entry of that name is there already.
+        The names of the entries written.
     """
     names = []
     for row in undefeated(result):
+        target_ms, images = row["target_ms"], bench.final_data.train
+        name = entry_name(bench.bare_space.name, result["data"]["title"], target_ms)
+        if (zoo / name).exists():
+            note(f"{zoo / name} is there already, left as it is; remove it to write it anew")
+            continue
         trained = load_entry(bench.cache / row["trained"])
         assert trained.weights is not None
         whole = load_weights(trained.weights, trained.architecture)
-        weights = {name: _stored(value) for name, value in whole.items()}
+        weights = {key: _stored(value) for key, value in whole.items()}
         network = build(trained.architecture)
         network.load_state_dict(weights)
         top1 = evaluate(network, bench.final_data.test, bench.finals.accelerator.device)
-        target_ms, images = row["target_ms"], bench.final_data.train
-        name = entry_name(bench.bare_space.name, result["data"]["title"], target_ms)
         provenance = {
             "source": f"found by slimnas search, {bench.space.name}, for {target_ms:g} ms; "
             f"{trained.architecture.provenance['source']}",
