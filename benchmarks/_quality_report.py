@@ -166,23 +166,23 @@ def verdict_lines(result: Mapping[str, Any]) -> list[str]:
     """Per target, how the found network stands to each baseline's front."""
     lines = []
     for target_ms in dict.fromkeys(one["target_ms"] for one in result["verdicts"]):
-        parts = []
-        for one in result["verdicts"]:
-            if one["target_ms"] != target_ms:
-                continue
-            margin = one["margin"]
-            said = (
-                "has nothing as fast"
-                if margin is None
-                else f"{margin:+.2f} ± {one['error']:.2f} points, {one['words']}"
-            )
-            parts.append(f"{TITLES[one['arm']]}: {said}")
-        holds = all(v["holds"] for v in result["verdicts"] if v["target_ms"] == target_ms)
+        here = [one for one in result["verdicts"] if one["target_ms"] == target_ms]
+        parts = [f"{TITLES[one['arm']]}: {_margin(one)}" for one in here]
+        judged = {OURS, *(one["arm"] for one in here)}
+        parts += [f"{TITLES[arm]}: met no target" for arm in TITLES if arm not in judged]
+        holds = all(one["holds"] for one in here)
         lines.append(
             f"- {target_ms:g} ms: {'on or above' if holds else 'not above'} every baseline's front "
             f"({'; '.join(parts)})"
         )
     return lines
+
+
+def _margin(verdict: Mapping[str, Any]) -> str:
+    margin = verdict["margin"]
+    if margin is None:
+        return "has nothing as fast"
+    return f"{margin:+.2f} ± {verdict['error']:.2f} points, {verdict['words']}"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -196,12 +196,12 @@ def spread(values: Sequence[float]) -> str:
 def summary(result: Mapping[str, Any]) -> str:
     """One line for RESULTS.md."""
     settings, runtime = result["settings"], result["table"]["runtime"]
+    top1 = {
+        (row["arm"], row["target_ms"]): f"{statistics.mean(row['test_top1']):.1f}"
+        for row in result["rows"]
+    }
     by_arm = {
-        arm: " / ".join(
-            f"{statistics.mean(row['test_top1']):.1f}"
-            for row in result["rows"]
-            if row["arm"] == arm
-        )
+        arm: " / ".join(top1.get((arm, target_ms), "none") for target_ms in result["targets_ms"])
         for arm in TITLES
     }
     targets = "/".join(f"{one:g}" for one in result["targets_ms"])
@@ -234,7 +234,8 @@ def quality_figure(result: Mapping[str, Any], width_in: float = 7.0) -> Figure:
             axes.axvline(target_ms, color=ink("target"), lw=0.9, ls=(0, (4, 3)), zorder=1)
         for arm in reversed(TITLES):
             rows = [row for row in result["rows"] if row["arm"] == arm]
-            _draw_arm(axes, arm, rows, result["data"]["test_images"])
+            if rows:
+                _draw_arm(axes, arm, rows, result["data"]["test_images"])
         axes.set_xlim(left=0)
         axes.margins(x=0.06, y=0.12)
         runtime = result["table"]["runtime"]
