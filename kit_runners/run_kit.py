@@ -33,6 +33,7 @@ from kit_protocol import (
 )
 
 CPU = "CPUExecutionProvider"
+LEVEL = 3  # windows in a row that are no faster: the warm-up is over
 
 
 class OnnxBackend:
@@ -129,17 +130,14 @@ class Timed:
         return 1e3 * (self._clock() - start) / repeat
 
     def _warm_up(self) -> int:
-        """Run until window medians settle; returns how many calls fill a sample."""
-        medians: list[float] = []
+        """Run until window medians no longer fall; returns how many calls fill a sample."""
         start = self._clock()
-        repeat = 1
-        while 1e3 * (self._clock() - start) < self._protocol["warm_up_ms"]:
-            medians.append(median(self._sample_ms(repeat) for _ in range(3)))
-            repeat = max(1, round(self._protocol["sample_ms"] / max(medians[-1], 1e-6)))
-            last = medians[-3:]
-            settled = self._protocol["settled"] * median(last)
-            if len(last) == 3 and max(last) - min(last) <= settled:
-                break
+        repeat, level, fastest = 1, 0, float("inf")
+        while level < LEVEL and 1e3 * (self._clock() - start) < self._protocol["warm_up_ms"]:
+            window = median(self._sample_ms(repeat) for _ in range(3))
+            repeat = max(1, round(self._protocol["sample_ms"] / max(window, 1e-6)))
+            level = 0 if window < (1 - self._protocol["settled"]) * fastest else level + 1
+            fastest = min(fastest, window)
         return repeat
 
 

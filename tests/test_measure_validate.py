@@ -310,8 +310,8 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     def runtime(name: str, **_: object) -> FakeRuntime:
         return FakeRuntime(name=name)
 
-    def loader(runtime: object, *, batch: int, exports: object) -> Loader:
-        assert (batch, exports) == (1, None)
+    def loader(runtime: object, *, batch: int, model: object) -> Loader:
+        assert (batch, model) == (1, None)
         return machine.loader
 
     monkeypatch.setattr(visits_module, "runtime_loader", loader)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def this_machine() -> Machine:
     return Machine(
         cpu=_cpu_model() or platform.processor() or "unknown",
         architecture=platform.machine(),
-        cores=_cores(),
+        cores=len(usable_cores()),
         system=f"{platform.system()} {platform.release()}",
         governor=_first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
     )
@@ -62,26 +62,36 @@ def temperature_celsius() -> float | None:
     return max(found, default=None)
 
 
+def usable_cores() -> tuple[int, ...]:
+    """Return the logical cores that this thread may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def use_cores(cores: Iterable[int]) -> None:
+    """Keep this thread, and those it starts, on `cores`, where the system has such a thing."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+
+
 @contextlib.contextmanager
 def pinned(threads: int) -> Iterator[None]:
     """Keep this thread, and those it starts, on the `threads` cores that are least busy now.
 
     Where the system has no such thing, or there are fewer cores, nothing is changed.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    usable = os.sched_getaffinity(0)
+    usable = usable_cores()
     if threads < len(usable):
         idle = _idle_ticks()
         time.sleep(LOOK_S)
         now = _idle_ticks()
         calm = sorted(usable, key=lambda core: (now.get(core, 0) - idle.get(core, 0), core))
-        os.sched_setaffinity(0, calm[-threads:])
+        use_cores(calm[-threads:])
     try:
         yield
     finally:
-        os.sched_setaffinity(0, usable)
+        use_cores(usable)
 
 
 def _idle_ticks() -> dict[int, int]:
@@ -92,12 +102,6 @@ def _idle_ticks() -> dict[int, int]:
         return {}
     cores = (line.split() for line in lines if line.startswith("cpu"))
     return {int(core[0][3:]): int(core[4]) for core in cores if core[0] != "cpu"}
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu_model() -> str | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -50,39 +48,41 @@ def network_and_input(parts: Parts, batch: int, *, seed: int = 0) -> tuple[nn.Mo
 
     No parts give a network that does next to nothing.
     """
+    x = network_input(parts, batch, seed=seed)
+    if not parts:
+        return nn.ReLU(), x
+    with seeded(seed):
+        return fold(Chain(parts)), x
+
+
+def network_input(parts: Parts, batch: int, *, seed: int = 0) -> Tensor:
+    """Make an input for the network of `parts`, without making all of the network."""
     with seeded(seed):
         if not parts:
-            return nn.ReLU(), torch.randn(batch, 1, 1, 1)
-        chain = Chain(parts)
-        shape = parts[0].input
-        takes_tokens = layout_of(chain.modules_in_order[0]) == "tokens"
-        if takes_tokens and parts[0].kind != "stem":
-            x = torch.randn(batch, shape.positions, shape.channels)
-        else:
-            x = torch.randn(batch, shape.channels, shape.height, shape.width)
-    return fold(chain), x
+            return torch.randn(batch, 1, 1, 1)
+        first, shape = parts[0], parts[0].input
+        if first.kind != "stem" and layout_of(make_module(first)) == "tokens":
+            return torch.randn(batch, shape.positions, shape.channels)
+        return torch.randn(batch, shape.channels, shape.height, shape.width)
 
 
-def runtime_loader(runtime: Runtime, *, batch: int = 1, exports: Path | None = None) -> Loader:
+def runtime_loader(
+    runtime: Runtime, *, batch: int = 1, model: Callable[[Parts], bytes] | None = None
+) -> Loader:
     """Return the loader of `runtime` for batches of `batch` images.
 
     Args:
         runtime: what runs the networks.
         batch: images per call.
-        exports: a folder where files are kept, so that a network that is loaded again is not
-            exported again; only for runtimes of files.
+        model: gives the file of a network, for a runtime of files; by default it is exported.
     """
 
     def load(parts: Parts) -> Call:
+        if model is not None and isinstance(runtime, FileRuntime):
+            x = network_input(parts, batch)
+            return bound(runtime.open(model(parts)), x.numpy())
         network, x = network_and_input(parts, batch)
-        if exports is None or not isinstance(runtime, FileRuntime):
-            session = runtime.load(network, x)
-        else:
-            file = exports / f"{_digest(parts, batch)}{runtime.suffix}"
-            if not file.exists():
-                file.write_bytes(runtime.export(network, x))
-            session = runtime.open(file.read_bytes())
-        return bound(session, x.numpy())
+        return bound(runtime.load(network, x), x.numpy())
 
     return load
 
@@ -90,7 +90,3 @@ def runtime_loader(runtime: Runtime, *, batch: int = 1, exports: Path | None = N
 def identity(parts: Parts) -> tuple[object, ...]:
     """What a network computes, wherever in an architecture its components stand."""
     return tuple((part.kind, part.spec, part.input, part.output) for part in parts)
-
-
-def _digest(parts: Parts, batch: int) -> str:
-    return sha256(f"{identity(parts)} {batch}".encode()).hexdigest()

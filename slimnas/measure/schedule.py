@@ -25,9 +25,9 @@ from slimnas.measure.scope import Scope
 from slimnas.measure.timing import Protocol
 from slimnas.measure.visits import Wanted
 
-FIRST_BATCH = 20
+FIRST_BATCH = 15
 """Calibration networks that are timed before the first look at the error."""
-BATCH = 10
+BATCH = 5
 """Networks added at a time."""
 MOST = 60
 """Networks at most."""
@@ -151,10 +151,11 @@ class Schedule:
             return wanted
         return FIRST_BATCH if self._shard.of == 1 else FIRST_BATCH + BATCH
 
-    def missing(self, visits: Sequence[Visit]) -> Iterator[Wanted]:
-        """Yield what is not in `visits` yet, which must have grown by each one before the next.
+    def missing(self, visits: Sequence[Visit]) -> Iterator[list[Wanted]]:
+        """Yield what is not in `visits` yet, a pass at a time.
 
-        At the end `plan` is what was timed.
+        `visits` must have grown by all of one before the next. At the end `plan` is what was
+        timed.
         """
         if self._shard.of > 1:
             mine = self.plan.entries[self._shard.number - 1 :: self._shard.of]
@@ -168,29 +169,29 @@ class Schedule:
             yield from self._passes(added, visits, later)
         for number in range(self._protocol.extra_passes):
             again = self._uncertain(visits, self._protocol.passes + number)
-            yield from self._pass(again, self._protocol.passes + number, visits, later)
+            yield self._pass(again, self._protocol.passes + number, visits, later)
         yield from self._passes(networks, visits, 0)
         while more := self._more_networks(visits):
             yield from self._passes([network_entry(one) for one in more], visits, 0)
 
     def _passes(
         self, entries: Sequence[Entry], visits: Sequence[Visit], later: int
-    ) -> Iterator[Wanted]:
+    ) -> Iterator[list[Wanted]]:
         passes = self._protocol.passes
         for number in range(passes):
             after = later + (passes - number - 1) * len(entries)
-            yield from self._pass(entries, number, visits, after)
+            yield self._pass(entries, number, visits, after)
 
     def _pass(
         self, entries: Sequence[Entry], number: int, visits: Sequence[Visit], later: int
-    ) -> Iterator[Wanted]:
-        """Yield the entries a pass lacks, in its order; `later` more visits are planned after."""
+    ) -> list[Wanted]:
+        """Return the entries a pass lacks, in its order; `later` more visits are planned after."""
         shuffled = list(entries)
         random.Random(f"{self._protocol.seed} {number}").shuffle(shuffled)
         done = {visit.entry for visit in visits if visit.number == number}
         todo = [entry for entry in shuffled if entry.name not in done]
-        for i, entry in enumerate(todo):
-            yield number, entry, len(visits) + len(todo) - i + later
+        planned = len(visits) + len(todo) + later
+        return [(number, entry, planned) for entry in todo]
 
     def _finer(self, visits: Sequence[Visit]) -> list[Entry]:
         """Add the widths that the timings ask for to the plan; returns their entries."""

@@ -111,7 +111,7 @@ def _settings(found: Mapping[str, Any], folder: Path) -> tuple[Protocol, Network
 
 
 def _require_complete(schedule: Schedule, visits: Sequence[Visit], folder: Path) -> None:
-    missing = next(iter(schedule.missing(visits)), None)
+    missing = next((wanted for batch in schedule.missing(visits) for wanted in batch), None)
     if missing is not None:
         number, entry, planned = missing
         raise LatencyTableError(

@@ -9,6 +9,7 @@ ever slows: the machine's own pace stays in sight until it is disturbed three qu
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -21,6 +22,9 @@ from slimnas.errors import LatencyTableError
 
 Call = Callable[[], object]
 """Runs a loaded network once."""
+
+LEVEL = 3
+"""Windows in a row that are no faster: the warm-up is over."""
 
 WINDOW = 101
 """Reference timings that the running quartile looks back on."""
@@ -50,7 +54,8 @@ class Protocol:
         max_drift: how far the reference may be from its running lower quartile, as a share.
         visit_ms: how long one network is timed in one round.
         sample_ms: least duration of one sample; fast networks run several times in it.
-        settled: warm-up ends when medians of neighbouring windows differ by less, as a share.
+        settled: warm-up ends when windows are no longer faster than all before by more than this
+            share.
         patience_s: how long to wait for a round that is accepted.
         warm_up_ms: longest warm-up of one network.
         chains: lengths of the two chains of a block.
@@ -255,14 +260,15 @@ class Stopwatch:
         return 1e3 * took / repeat
 
     def _warm_up(self, call: Call) -> int:
-        """Run until window medians settle; returns how many calls fill a sample."""
-        medians: list[float] = []
+        """Run until window medians no longer fall; returns how many calls fill a sample.
+
+        Warming up makes calls faster; that they vary is the machine's noise, which no waiting ends.
+        """
         start = self._clock()
-        repeat = 1
-        while 1e3 * (self._clock() - start) < self.protocol.warm_up_ms:
-            medians.append(median(self._sample_ms(call, repeat) for _ in range(3)))
-            repeat = max(1, round(self.protocol.sample_ms / max(medians[-1], 1e-6)))
-            last = medians[-3:]
-            if len(last) == 3 and max(last) - min(last) <= self.protocol.settled * median(last):
-                break
+        repeat, level, fastest = 1, 0, math.inf
+        while level < LEVEL and 1e3 * (self._clock() - start) < self.protocol.warm_up_ms:
+            window = median(self._sample_ms(call, repeat) for _ in range(3))
+            repeat = max(1, round(self.protocol.sample_ms / max(window, 1e-6)))
+            level = 0 if window < (1 - self.protocol.settled) * fastest else level + 1
+            fastest = min(fastest, window)
         return repeat
