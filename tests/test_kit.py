@@ -171,6 +171,23 @@ def test_weights_of_their_own(tmp_path: Path) -> None:
     onnx.checker.check_model(onnx.load(str(tmp_path / "kit" / biggest.name)))
 
 
+def test_files_made_ahead_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By several processes, as for the formats that take seconds."""
+    small = {"calibration": 0, "held_out": 1, "shared_weights": False}
+    plain = make_kit(job(tmp_path / "plain", **small), kit_runtime("onnx"))
+    monkeypatch.setattr("slimnas.measure.kit.exports_slowly", lambda runtime: True)
+    monkeypatch.setattr("slimnas.measure.exports.usable_cores", lambda: (0, 0))
+    shown: list[tuple[int, int, str]] = []
+    ahead = make_kit(
+        job(tmp_path / "ahead", **small), kit_runtime("onnx"), lambda *each: shown.append(each)
+    )
+    assert ahead.files == plain.files
+    assert len(ahead.files) > 5
+    count = len(ahead.files)
+    assert shown[: count + 1] == [(made, count, "exporting") for made in range(count + 1)]
+    assert shown[-1] == (count, count, "checking")
+
+
 def test_a_kit_of_a_model(tmp_path: Path) -> None:
     scope = ModelScope(small_model("vit"))
     order = job(tmp_path / "kit", scope=scope, calibration=1, held_out=1)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from measure_fakes import FakeMachine, FakeRuntime, cost_ms, small_space
 
 from slimnas.arch.walk import walk
 from slimnas.errors import ExportError
-from slimnas.measure.exports import Exports, OnExport, exports_slowly
+from slimnas.measure.exports import Exports, OnExport, exports_slowly, in_folder
 from slimnas.measure.journal import Visit
 from slimnas.measure.machine import usable_cores
 from slimnas.measure.networks import network_and_input
@@ -39,6 +40,9 @@ def networks(count: int) -> list[Parts]:
     return list(found)[:count]
 
 
+at = partial(in_folder, suffix=".txt")
+
+
 def words(exports: Exports, wanted: Sequence[Parts]) -> list[list[str]]:
     return [exports.model(parts).decode().split() for parts in wanted]
 
@@ -57,14 +61,14 @@ def made() -> list[Parts]:
 def test_several_processes_make_what_one_makes(made: list[Parts], tmp_path: Path) -> None:
     """The same weights, each file once, by other processes with one thread on the given cores."""
     runtime, seen = Tracing(os.getpid()), []
-    with Exports(runtime, 1, tmp_path / "ahead", cores=TWO) as exports:
+    with Exports(runtime, 1, at(tmp_path / "ahead"), cores=TWO) as exports:
         exports.prepare([*made, *made[:2]], lambda *counts: seen.append(counts))
         ahead = words(exports, made)
         files = sorted((tmp_path / "ahead").iterdir())
         exports.prepare(made, lambda *counts: seen.append(counts))
     assert seen == [(done, 5) for done in range(6)]  # the second time nothing was left
     assert len(files) == 5
-    with Exports(runtime, 1, tmp_path / "one by one", cores=TWO[:1]) as exports:
+    with Exports(runtime, 1, at(tmp_path / "one by one"), cores=TWO[:1]) as exports:
         exports.prepare(made, lambda *counts: seen.append(counts))
         assert not (tmp_path / "one by one").exists()
         alone = words(exports, made)
@@ -76,32 +80,29 @@ def test_several_processes_make_what_one_makes(made: list[Parts], tmp_path: Path
     assert 1 <= len(workers) <= 2
     assert {tuple(one[2:]) for one in ahead} == {("+".join(map(str, sorted(set(TWO)))), "1")}
     for pid in map(int, workers):
-        with pytest.raises(ProcessLookupError):
+        with pytest.raises(ProcessLookupError, match="No such process"):
             os.kill(pid, 0)
 
 
 def test_a_file_is_a_networks_wherever_it_stands(made: list[Parts], tmp_path: Path) -> None:
     moved = tuple(replace(part, name=f"elsewhere.{part.name}", stage=7) for part in made[0])
-    with Exports(Tracing(os.getpid()), 1, tmp_path, cores=TWO[:1]) as exports:
+    with Exports(Tracing(os.getpid()), 1, at(tmp_path), cores=TWO[:1]) as exports:
         first = exports.model(made[0])
         assert exports.model(moved) == first
         assert len(list(tmp_path.iterdir())) == 1
-    with Exports(Tracing(os.getpid()), 2, tmp_path, cores=TWO[:1]) as exports:
-        exports.model(made[0])  # another batch
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_network_without_a_form_is_said(made: list[Parts], tmp_path: Path) -> None:
     count = params(made[3])
     with (
-        Exports(Tracing(os.getpid(), refuses=count), 1, tmp_path, cores=TWO) as exports,
+        Exports(Tracing(os.getpid(), refuses=count), 1, at(tmp_path), cores=TWO) as exports,
         pytest.raises(ExportError, match=f"no form for {count} parameters"),
     ):
         exports.prepare(made)
 
 
 def test_killed_processes_leave_the_work(made: list[Parts], tmp_path: Path) -> None:
-    with Exports(Tracing(os.getpid(), dies=True), 1, tmp_path, cores=TWO) as exports:
+    with Exports(Tracing(os.getpid(), dies=True), 1, at(tmp_path), cores=TWO) as exports:
         exports.prepare(made)
         assert list(tmp_path.iterdir()) == []
         exports.prepare(made)  # not tried again
@@ -113,11 +114,12 @@ import os, sys
 from pathlib import Path
 from exporting_runtimes import Tracing
 from test_measure_exports import networks
-from slimnas.measure.exports import Exports
+from slimnas.measure.exports import Exports, in_folder
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    with Exports(Tracing(os.getpid(), sleeps_s=60, left=folder), 1, folder, cores=(0, 0)) as made:
-        made.prepare(networks(4))
+    runtime, place = Tracing(os.getpid(), sleeps_s=60, left=folder), in_folder(folder, ".txt")
+    with Exports(runtime, 1, place, cores=(0, 0)) as exports:
+        exports.prepare(networks(4))
 """
 
 
@@ -170,7 +172,7 @@ def test_which_runtimes_export_slowly() -> None:
 def test_files_are_those_of_the_runtime(made: list[Parts], tmp_path: Path) -> None:
     """ONNX Runtime's, made in another process: the bytes that it exports here."""
     runtime = get_runtime("onnxruntime")
-    with Exports(runtime, 1, tmp_path, cores=TWO) as exports:
+    with Exports(runtime, 1, at(tmp_path), cores=TWO) as exports:
         exports.prepare(made[:2])
         assert len(list(tmp_path.iterdir())) == 2
         for parts in made[:2]:

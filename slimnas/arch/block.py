@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from slimnas.arch.documents import Spec
-from slimnas.arch.shapes import Cost, FeatureShape
+from slimnas.arch.shapes import Cost, FeatureShape, operator_cost
 
 BlockT = TypeVar("BlockT", bound="Block")
 
@@ -35,3 +35,18 @@ class Block(Spec):
     def cost(self, shape: FeatureShape) -> Cost:
         """Cost on a map of `shape`."""
         raise NotImplementedError
+
+
+def ffn_cost(shape: FeatureShape, hidden: int, *, conv: bool = False) -> Cost:
+    """Cost of two linear layers on the positions of `shape`, with the LayerNorm before them.
+
+    Args:
+        shape: of the map, its extra tokens counted.
+        hidden: width between the layers.
+        conv: with a depthwise 3x3 convolution between them, as in LITv2.
+    """
+    width, tokens = shape.channels, shape.positions
+    params, macs, outputs = 2 * width * hidden + hidden + width, 2 * width * hidden, hidden
+    if conv:
+        params, macs, outputs = params + 10 * hidden, macs + 9 * hidden, 2 * hidden
+    return operator_cost(2 * width + params, macs * tokens, (outputs + width) * tokens)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slimnas.arch.block import Block
+from slimnas.arch.block import Block, ffn_cost
 from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import MLP_RATIO, Count
 from slimnas.arch.shapes import Cost, FeatureShape, operator_cost
@@ -37,7 +37,7 @@ class ConvFFNBlock(Block):
 
     def cost(self, shape: FeatureShape) -> Cost:
         """Cost on a map of `shape`."""
-        return _ffn_cost(shape, self.hidden(shape.channels), conv=True)
+        return ffn_cost(shape, self.hidden(shape.channels), conv=True)
 
 
 class HiLoBlock(Block):
@@ -112,7 +112,7 @@ class HiLoBlock(Block):
 
     def cost(self, shape: FeatureShape) -> Cost:
         """Cost on a map of `shape`."""
-        ffn = _ffn_cost(shape, self.hidden(shape.channels), conv=self.ffn == "conv")
+        ffn = ffn_cost(shape, self.hidden(shape.channels), conv=self.ffn == "conv")
         return operator_cost(2 * shape.channels, 0, 0) + self.attention_cost(shape) + ffn
 
 
@@ -165,12 +165,3 @@ def lo_heads_of(heads: int, alpha: float) -> int:
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
     return int(heads * alpha)
-
-
-def _ffn_cost(shape: FeatureShape, hidden: int, *, conv: bool) -> Cost:
-    """Cost of an FFN with its LayerNorm, with a depthwise 3x3 convolution in it or without."""
-    width, tokens = shape.channels, shape.positions
-    params = 2 * width + 2 * width * hidden + hidden + width + (10 * hidden if conv else 0)
-    macs = 2 * width * hidden + (9 * hidden if conv else 0)
-    outputs = hidden + width + (hidden if conv else 0)
-    return operator_cost(params, macs * tokens, outputs * tokens)

@@ -19,12 +19,12 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from slimnas.arch.block import Block
+from slimnas.arch.block import Block, ffn_cost
 from slimnas.arch.efficientformer import MLP_RATIO, Count
 from slimnas.arch.efficientformerv2 import V2Attention
 from slimnas.arch.efficientvit import EfficientViTBlock, Kernels
 from slimnas.arch.shapes import NO_COST, Cost, FeatureShape, operator_cost
-from slimnas.arch.swin import SwinBlock
+from slimnas.arch.swin import SwinBlock, require_shift_within
 from slimnas.arch.vit import ViTBlock, Width
 
 Switch = Annotated[bool, Field(strict=True)]
@@ -60,11 +60,7 @@ class MixerBlock(Block):
 
     def ffn_cost(self, shape: FeatureShape) -> Cost:
         """Cost of the FFN sub-layer, its norm included."""
-        width, hidden, tokens = shape.channels, self.hidden(shape.channels), shape.positions
-        params, macs, outputs = 2 * width * hidden + hidden + width, 2 * width * hidden, hidden
-        if self.ffn == "conv":
-            params, macs, outputs = params + 10 * hidden, macs + 9 * hidden, 2 * hidden
-        return operator_cost(2 * width + params, macs * tokens, (outputs + width) * tokens)
+        return ffn_cost(shape, self.hidden(shape.channels), conv=self.ffn == "conv")
 
     def cost(self, shape: FeatureShape) -> Cost:
         """Cost on a map of `shape`."""
@@ -162,11 +158,7 @@ class WindowBlock(HeadedBlock):
 
     @model_validator(mode="after")
     def _shifts_within(self) -> WindowBlock:
-        if self.shift >= self.window:
-            raise ValueError(
-                f"shift must be less than the window, {self.window}, got {self.shift}; half of "
-                "the window is usual"
-            )
+        require_shift_within(self.window, self.shift)
         return self
 
     def swin(self, width: int) -> SwinBlock:

@@ -16,6 +16,19 @@ from slimnas.arch.shapes import NO_COST, Cost, FeatureShape, operator_cost
 from slimnas.arch.vit import TransformerBlock, Width
 
 
+def require_shift_within(window: int, shift: int) -> None:
+    """Refuse windows that move by as much as they are wide.
+
+    Raises:
+        ValueError: says what must hold and what is given.
+    """
+    if shift >= window:
+        raise ValueError(
+            f"shift must be less than the window, {window}, got {shift}; half of the window is "
+            "usual"
+        )
+
+
 class SwinBlock(TransformerBlock):
     """Attention inside (shifted) windows with a learned bias per offset, and FFN, on tokens.
 
@@ -30,11 +43,7 @@ class SwinBlock(TransformerBlock):
 
     @model_validator(mode="after")
     def _shifts_within(self) -> SwinBlock:
-        if self.shift >= self.window:
-            raise ValueError(
-                f"shift must be less than the window, {self.window}, got {self.shift}; half of "
-                "the window is usual"
-            )
+        require_shift_within(self.window, self.shift)
         return self
 
     def windows(self, shape: FeatureShape) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from slimnas.arch.block import Block
+from slimnas.arch.block import Block, ffn_cost
 from slimnas.arch.documents import Spec
 from slimnas.arch.efficientformer import MLP_RATIO, MOST, Count
 from slimnas.arch.shapes import NO_COST, Cost, FeatureShape, operator_cost
@@ -60,11 +60,8 @@ class TransformerBlock(Block):
 
     def ffn_cost(self, shape: FeatureShape) -> Cost:
         """Cost of the FFN sub-layer, its LayerNorm included."""
-        width, hidden, tokens = shape.channels, self.hidden(shape.channels), shape.positions
-        if not hidden:
-            return NO_COST
-        params = 2 * width + 2 * width * hidden + hidden + width
-        return operator_cost(params, 2 * width * hidden * tokens, (hidden + width) * tokens)
+        hidden = self.hidden(shape.channels)
+        return ffn_cost(shape, hidden) if hidden else NO_COST
 
 
 class ViTBlock(TransformerBlock):

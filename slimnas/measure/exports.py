@@ -38,12 +38,12 @@ def exports_slowly(runtime: Runtime) -> bool:
 
 
 class Exports:
-    """Files of networks in a folder.
+    """Files of networks, each made once.
 
     Args:
         runtime: what exports them.
         batch: images per call.
-        folder: where the files are kept.
+        place: where a network's file is kept; the same for networks that compute the same.
         cores: that processes may use, whatever the calling thread is pinned to later; by default
             all that it may use now. One process per core, at most `MOST_PROCESSES`.
     """
@@ -52,18 +52,18 @@ class Exports:
         self,
         runtime: FileRuntime,
         batch: int,
-        folder: Path,
+        place: Callable[[Parts], Path],
         *,
         cores: Iterable[int] | None = None,
     ) -> None:
-        self._runtime, self._batch, self._folder = runtime, batch, folder
+        self._runtime, self._batch, self._place = runtime, batch, place
         self._cores = tuple(usable_cores() if cores is None else cores)
         self._pool: ProcessPoolExecutor | None = None
         self._alone = len(self._cores) < 2
 
     def model(self, parts: Parts) -> bytes:
         """The file of a network, exported unless it is there."""
-        path = self._path(parts)
+        path = self._place(parts)
         if not path.exists():
             _export(self._runtime, parts, self._batch, path)
         return path.read_bytes()
@@ -77,7 +77,7 @@ class Exports:
         Raises:
             ExportError: the runtime has no form for one of them.
         """
-        paths = {self._path(parts): parts for parts in networks}
+        paths = {self._place(parts): parts for parts in networks}
         todo = {path: parts for path, parts in paths.items() if not path.exists()}
         if self._alone or len(todo) < 2:
             return
@@ -124,9 +124,14 @@ class Exports:
             )
         return self._pool
 
-    def _path(self, parts: Parts) -> Path:
-        name = sha256(f"{identity(parts)} {self._batch}".encode()).hexdigest()
-        return self._folder / f"{name}{self._runtime.suffix}"
+
+def in_folder(folder: Path, suffix: str) -> Callable[[Parts], Path]:
+    """Return a `place` in `folder`: files named by what a network computes."""
+
+    def place(parts: Parts) -> Path:
+        return folder / f"{sha256(str(identity(parts)).encode()).hexdigest()}{suffix}"
+
+    return place
 
 
 def _export(runtime: FileRuntime, parts: Parts, batch: int, path: Path) -> None:

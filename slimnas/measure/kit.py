@@ -16,13 +16,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from slimnas import __version__
 from slimnas._files import atomic_write_bytes, atomic_write_text
 from slimnas._resources import data_dir
 from slimnas.errors import LatencyTableError, RunFolderError, suggest
 from slimnas.latency.devices import require_device_name
+from slimnas.measure.exports import Exports, OnExport, exports_slowly
 from slimnas.measure.kit_check import checked_input
 from slimnas.measure.kit_manifest import (
     MANIFEST_FILE,
@@ -38,7 +37,7 @@ from slimnas.measure.kit_manifest import (
 from slimnas.measure.kit_networks import FOLDER, KitNetworks, in_words, macs_of, params_of
 from slimnas.measure.kit_readme import readme
 from slimnas.measure.kit_weights import SharedWeights
-from slimnas.measure.networks import network_and_input
+from slimnas.measure.networks import network_and_input, network_input
 from slimnas.measure.plan import make_plan
 from slimnas.measure.scope import Parts, Scope
 from slimnas.measure.timing import Protocol
@@ -142,17 +141,16 @@ class _Files:
         self._job, self._runtime, self._folder = job, runtime, folder
         sharing = job.shared_weights and job.file_format == "onnx" and runtime.dtype == "fp32"
         self._weights = SharedWeights() if sharing else None
-        self._inputs: dict[str, Tensor] = {}
         self.ran = True
 
     def write(self, stem: str, parts: Parts) -> None:
-        """Write a network's file."""
-        module, x = network_and_input(parts, self._job.batch)
-        model = self._runtime.export(module, x)
-        if self._weights is not None:
-            model = self._weights.share(model)
-        atomic_write_bytes(self._path(stem), model)
-        self._inputs[stem] = x
+        """Write a network's file, unless it was written ahead."""
+        if not self.path(stem).exists():
+            module, x = network_and_input(parts, self._job.batch)
+            model = self._runtime.export(module, x)
+            if self._weights is not None:
+                model = self._weights.share(model)
+            atomic_write_bytes(self.path(stem), model)
 
     def finish(self) -> tuple[KitFile, ...]:
         """Write what the networks' files share."""
@@ -163,13 +161,15 @@ class _Files:
 
     def checked(self, stem: str, parts: Parts) -> NetworkFile:
         """Check a network's file; returns what the manifest says about it."""
-        path = self._path(stem)
-        info, ran = checked_input(path, self._job.file_format, self._runtime, self._inputs[stem])
+        path = self.path(stem)
+        x = network_input(parts, self._job.batch)
+        info, ran = checked_input(path, self._job.file_format, self._runtime, x)
         self.ran = self.ran and ran
         what = in_words(parts)
         return NetworkFile(**self._facts(path), what=what, macs=macs_of(parts), input=info)
 
-    def _path(self, stem: str) -> Path:
+    def path(self, stem: str) -> Path:
+        """Where a network's file goes."""
         return self._folder / f"{stem}{self._runtime.suffix}"
 
     def _facts(self, path: Path) -> dict[str, Any]:
@@ -186,6 +186,9 @@ def _export(
     progress: Progress | None,
 ) -> _Files:
     files = _Files(job, runtime, folder)
+    if exports_slowly(runtime):
+        with Exports(runtime, job.batch, lambda parts: files.path(networks.stem(parts))) as exports:
+            exports.prepare(networks.parts.values(), _exporting(progress))
     for i, (stem, parts) in enumerate(networks.parts.items()):
         if progress is not None:
             progress(i, len(networks.parts), in_words(parts))
@@ -193,6 +196,12 @@ def _export(
     if progress is not None:
         progress(len(networks.parts), len(networks.parts), "checking")
     return files
+
+
+def _exporting(progress: Progress | None) -> OnExport | None:
+    if progress is None:
+        return None
+    return lambda made, of: progress(made, of, "exporting")
 
 
 def _manifest(

@@ -25,14 +25,15 @@ from slimnas.measure.scope import Scope
 from slimnas.measure.timing import Protocol
 from slimnas.measure.visits import Wanted
 
-FIRST_BATCH = 15
+FIRST_BATCH = 10
 """Calibration networks that are timed before the first look at the error."""
 BATCH = 5
 """Networks added at a time."""
 MOST = 60
 """Networks at most."""
-BETTER = 0.05
-"""A batch that lowers the leave-one-out error by less than this share was the last."""
+BETTER = 0.1
+"""A batch that lowers the leave-one-out error by less than this share was the last: of so few
+networks, the error itself is known to a fifth."""
 
 NOTICEABLE = 0.003
 """Errors of a component below this share of a network's latency are not worth a visit."""
@@ -149,7 +150,7 @@ class Schedule:
         wanted = self._networks.calibration
         if wanted is not None:
             return wanted
-        return FIRST_BATCH if self._shard.of == 1 else FIRST_BATCH + BATCH
+        return FIRST_BATCH if self._shard.of == 1 else FIRST_BATCH + 2 * BATCH
 
     def missing(self, visits: Sequence[Visit]) -> Iterator[list[Wanted]]:
         """Yield what is not in `visits` yet, a pass at a time.

@@ -11,7 +11,7 @@ from pathlib import Path
 from slimnas.arch.architecture import Architecture
 from slimnas.errors import LatencyTableError
 from slimnas.measure.calibrate import NetworkTiming
-from slimnas.measure.exports import Exports, OnExport, exports_slowly
+from slimnas.measure.exports import Exports, OnExport, exports_slowly, in_folder
 from slimnas.measure.journal import Visit
 from slimnas.measure.machine import load_average, pinned, temperature_celsius
 from slimnas.measure.networks import Loader, runtime_loader
@@ -149,7 +149,9 @@ def open_bench(
         prepare: Prepare | None = None
         if loader is None and isinstance(runtime, FileRuntime) and exports_slowly(runtime):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            exports = stack.enter_context(Exports(runtime, batch, folder))
+            exports = stack.enter_context(
+                Exports(runtime, batch, in_folder(folder, runtime.suffix))
+            )
             model, prepare = exports.model, exports.prepare
         stack.enter_context(pinned(runtime.threads))
         load = loader or runtime_loader(runtime, batch=batch, model=model)
