@@ -19,7 +19,13 @@ from measure_fakes import FakeMachine, FakeRuntime, cost_ms, small_space
 
 from slimnas.arch.walk import walk
 from slimnas.errors import ExportError
-from slimnas.measure.exports import Exports, OnExport, exports_slowly, in_folder
+from slimnas.measure.exports import (
+    WORTH_STARTING,
+    Exports,
+    OnExport,
+    exports_slowly,
+    in_folder,
+)
 from slimnas.measure.journal import Visit
 from slimnas.measure.machine import usable_cores
 from slimnas.measure.networks import network_and_input
@@ -173,10 +179,16 @@ def test_files_are_those_of_the_runtime(made: list[Parts], tmp_path: Path) -> No
     """ONNX Runtime's, made in another process: the bytes that it exports here."""
     runtime = get_runtime("onnxruntime")
     with Exports(runtime, 1, at(tmp_path), cores=TWO) as exports:
-        exports.prepare(made[:2])
-        assert len(list(tmp_path.iterdir())) == 2
+        exports.prepare(made[:WORTH_STARTING])
+        assert len(list(tmp_path.iterdir())) == WORTH_STARTING
         for parts in made[:2]:
             assert exports.model(parts) == runtime.export(*network_and_input(parts, 1))
+
+
+def test_a_few_start_no_processes(made: list[Parts], tmp_path: Path) -> None:
+    with Exports(Tracing(os.getpid()), 1, at(tmp_path), cores=TWO) as exports:
+        exports.prepare(made[: WORTH_STARTING - 1])
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_networks_are_prepared_a_pass_at_a_time(made: list[Parts]) -> None:

@@ -28,6 +28,9 @@ SLOW_EXPORTS = ("executorch", "coreml")
 MOST_PROCESSES = 8
 """Each holds PyTorch and a network being exported: about a gigabyte."""
 
+WORTH_STARTING = 4
+"""Files to make from which processes save more time than they take to start."""
+
 OnExport = Callable[[int, int], None]
 """Called with the files made so far and those to make."""
 
@@ -39,6 +42,9 @@ def exports_slowly(runtime: Runtime) -> bool:
 
 class Exports:
     """Files of networks, each made once.
+
+    Processes that Python starts import the main module: a script that prepares exports needs its
+    `if __name__ == "__main__"`.
 
     Args:
         runtime: what exports them.
@@ -71,21 +77,21 @@ class Exports:
     def prepare(self, networks: Iterable[Parts], on_export: OnExport | None = None) -> None:
         """Export the networks that have no file yet, several at a time where cores allow.
 
-        Nothing may be timed meanwhile. Where processes cannot be started, or one is killed,
-        what lacks is left to `model`.
+        Nothing may be timed meanwhile. A few are left to `model`, and so is what lacks where
+        processes cannot be started, or one is killed.
 
         Raises:
             ExportError: the runtime has no form for one of them.
         """
         paths = {self._place(parts): parts for parts in networks}
         todo = {path: parts for path, parts in paths.items() if not path.exists()}
-        if self._alone or len(todo) < 2:
+        if self._alone or len(todo) < WORTH_STARTING:
             return
         show = on_export or (lambda *_: None)
         longest_first = sorted(todo.items(), key=lambda item: -len(item[1]))
         try:
             pool = self._opened()
-            with _starting_quietly():
+            with _starting(self._cores):
                 waiting = [
                     pool.submit(_export, self._runtime, parts, self._batch, path)
                     for path, parts in longest_first
@@ -120,7 +126,6 @@ class Exports:
                 min(len(self._cores), MOST_PROCESSES),
                 multiprocessing.get_context("spawn"),  # a fork would inherit held locks
                 _begin,
-                (self._cores,),
             )
         return self._pool
 
@@ -140,26 +145,27 @@ def _export(runtime: FileRuntime, parts: Parts, batch: int, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _starting_quietly() -> Iterator[None]:
-    """Let processes that are started meanwhile ignore Ctrl-C until they `_begin`.
+def _starting(cores: Iterable[int]) -> Iterator[None]:
+    """Let processes that are started meanwhile have `cores`, and ignore Ctrl-C until they `_begin`.
 
     Interrupted while they import, each would print a traceback.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    own = usable_cores()
+    use_cores(cores)
+    main = threading.current_thread() is threading.main_thread()
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if main:
+            signal.signal(signal.SIGINT, heard)
+        use_cores(own)
 
 
-def _begin(cores: tuple[int, ...]) -> None:
-    """Make this process one that exports: on these cores, one thread, no longer than its parent."""
+def _begin() -> None:
+    """Make this process one that exports: on one thread, and no longer than its parent lives."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    use_cores(cores)
     torch.set_num_threads(1)
 
 
