@@ -179,13 +179,13 @@ def test_wider_than_the_model_is_refused(tmp_path: Path) -> None:
     assert estimate(network, table, allow_extrapolation=True).extrapolated == 1
 
 
-@pytest.mark.parametrize("loads", [2, 9, 33])
+@pytest.mark.parametrize("loads", [1, 9, 33])
 def test_interrupted_build_goes_on(tmp_path: Path, loads: int) -> None:
     whole = measure(job(tmp_path / "whole"), FakeMachine())
     with pytest.raises(KeyboardInterrupt):
         measure(job(tmp_path / "part"), FakeMachine(fail_after=loads))
     again = measure(job(tmp_path / "part"), FakeMachine())
-    assert (again.resumed > 0) == (loads > 2)
+    assert (again.resumed > 0) == (loads > 1)
     for one, other in zip(again.table.rows, whole.table.rows, strict=True):
         assert (one.key, one.n) == (other.key, other.n)
         assert one.latency_ms == pytest.approx(other.latency_ms, abs=2e-6)

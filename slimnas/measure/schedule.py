@@ -1,9 +1,10 @@
 """What a build times next, decided by its journal alone, so that it may stop at any visit.
 
-1. The components on a coarse grid of widths, a call, and the held-out networks.
+1. The components on a coarse grid of widths, a call, the held-out networks and the first ones for
+   calibration.
 2. Components at widths between, as long as a straight line misses what was timed there.
 3. The components whose price is still uncertain, again.
-4. Calibration networks, a batch at a time, until more of them no longer help.
+4. More calibration networks, a batch at a time, until they no longer help.
 """
 
 from __future__ import annotations
@@ -160,31 +161,27 @@ class Schedule:
         """
         if self._shard.of > 1:
             mine = self.plan.entries[self._shard.number - 1 :: self._shard.of]
-            yield from self._passes(mine, visits, 0)
+            yield from self._passes(mine, visits)
             return
-        networks = [network_entry(one) for one in self.plan.calibration]
-        first = [*self.plan.components, self.plan.nothing, *map(network_entry, self.plan.held_out)]
-        later = self._protocol.passes * len(networks)
-        yield from self._passes(first, visits, later)
+        # Networks and components in the same passes, so that a slow change of the machine's pace
+        # is not taken for a difference between them.
+        networks = map(network_entry, (*self.plan.calibration, *self.plan.held_out))
+        yield from self._passes([*self.plan.components, self.plan.nothing, *networks], visits)
         while added := self._finer(visits):
-            yield from self._passes(added, visits, later)
+            yield from self._passes(added, visits)
         for number in range(self._protocol.extra_passes):
             again = self._uncertain(visits, self._protocol.passes + number)
-            yield self._pass(again, self._protocol.passes + number, visits, later)
-        yield from self._passes(networks, visits, 0)
+            yield self._pass(again, self._protocol.passes + number, visits)
         while more := self._more_networks(visits):
-            yield from self._passes([network_entry(one) for one in more], visits, 0)
+            yield from self._passes([network_entry(one) for one in more], visits)
 
-    def _passes(
-        self, entries: Sequence[Entry], visits: Sequence[Visit], later: int
-    ) -> Iterator[list[Wanted]]:
+    def _passes(self, entries: Sequence[Entry], visits: Sequence[Visit]) -> Iterator[list[Wanted]]:
         passes = self._protocol.passes
         for number in range(passes):
-            after = later + (passes - number - 1) * len(entries)
-            yield self._pass(entries, number, visits, after)
+            yield self._pass(entries, number, visits, (passes - number - 1) * len(entries))
 
     def _pass(
-        self, entries: Sequence[Entry], number: int, visits: Sequence[Visit], later: int
+        self, entries: Sequence[Entry], number: int, visits: Sequence[Visit], later: int = 0
     ) -> list[Wanted]:
         """Return the entries a pass lacks, in its order; `later` more visits are planned after."""
         shuffled = list(entries)

@@ -26,10 +26,6 @@ Call = Callable[[], object]
 LEVEL = 3
 """Windows in a row that are no faster: the warm-up is over."""
 
-GLANCE_MS = 0.0
-"""How long the reference is timed to see whether a round is worth beginning: as short as it can be.
-On a restless machine most are not."""
-
 WINDOW = 101
 """Reference timings that the running quartile looks back on."""
 
@@ -215,11 +211,8 @@ class Stopwatch:
         return tuple(done)
 
     def _round(self, calls: Sequence[Call], repeats: Sequence[int], rng: random.Random) -> Round:
-        before = self._pace(GLANCE_MS)
+        before = self._pace()
         steady = self._is_usual(before)
-        if steady:
-            before = self._pace()
-            steady = self._is_usual(before)
         samples = {}
         if steady:  # else the round is lost already
             for i in rng.sample(range(len(calls)), len(calls)):
@@ -242,16 +235,15 @@ class Stopwatch:
             "never free, measure on one thread with --clock cpu"
         )
 
-    def _pace(self, visit_ms: float | None = None) -> float:
-        return median(self._visit(self._reference, self._reference_repeat, visit_ms))
+    def _pace(self) -> float:
+        return median(self._visit(self._reference, self._reference_repeat))
 
-    def _visit(self, call: Call, repeat: int, visit_ms: float | None = None) -> tuple[float, ...]:
-        """Milliseconds per call, one value per sample of `repeat` calls; three at least."""
-        visit_ms = self.protocol.visit_ms if visit_ms is None else visit_ms
+    def _visit(self, call: Call, repeat: int) -> tuple[float, ...]:
+        """Milliseconds per call, one value per sample of `repeat` calls."""
         call()  # brings the network back into the caches
         samples: list[float] = []
         start = self._clock()
-        while len(samples) < 3 or 1e3 * (self._clock() - start) < visit_ms:
+        while len(samples) < 3 or 1e3 * (self._clock() - start) < self.protocol.visit_ms:
             samples.append(self._sample_ms(call, repeat))
         return tuple(samples)
 
