@@ -116,12 +116,13 @@ def test_killed_processes_leave_the_work(made: list[Parts], tmp_path: Path) -> N
 
 
 PARENT = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from exporting_runtimes import Tracing
 from test_measure_exports import networks
 from slimnas.measure.exports import Exports, in_folder
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
     folder = Path(sys.argv[1])
     runtime, place = Tracing(os.getpid(), sleeps_s=60, left=folder), in_folder(folder, ".txt")
     with Exports(runtime, 1, place, cores=(0, 0)) as exports:

@@ -126,6 +126,7 @@ class Exports:
                 min(len(self._cores), MOST_PROCESSES),
                 multiprocessing.get_context("spawn"),  # a fork would inherit held locks
                 _begin,
+                (signal.getsignal(signal.SIGINT) is not signal.SIG_IGN,),
             )
         return self._pool
 
@@ -162,9 +163,14 @@ def _starting(cores: Iterable[int]) -> Iterator[None]:
         use_cores(own)
 
 
-def _begin() -> None:
-    """Make this process one that exports: on one thread, and no longer than its parent lives."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+def _begin(interruptible: bool) -> None:
+    """Make this process one that exports: on one thread, and no longer than its parent lives.
+
+    Args:
+        interruptible: whether Ctrl-C ends its parent; a job in the background ignores it.
+    """
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a word
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
