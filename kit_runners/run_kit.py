@@ -53,7 +53,7 @@ class OnnxBackend:
         self._providers, self._threads = providers, threads
 
     def load(self, file: Mapping[str, Any]) -> Visit:
-        """Open a network and run it until its time settles."""
+        """Open a network and run it until its time no longer falls."""
         session, feed = self.open(file)
         clock = time.perf_counter if self._protocol["clock"] == "wall" else time.thread_time
         return Timed(lambda: session.run(None, feed), self._protocol, clock)
